@@ -13,8 +13,8 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['large_final', 'criteria_inputs', 'elementwise', 'magnitude', 'squared', 'small_final', 'large_init', 'small_init',
            'large_init_large_final', 'small_init_small_final', 'magnitude_increase', 'movement', 'movement_magnitude',
-           'updating_magnitude_increase', 'updating_movement', 'updating_movement_magnitude', 'gradient', 'taylor',
-           'wanda', 'random_score', 'check_criteria']
+           'updating_magnitude_increase', 'updating_movement', 'updating_movement_magnitude', 'gradient_magnitude',
+           'taylor', 'wanda', 'random_score', 'check_criteria']
 
 # %% ../nbs/01_criteria.ipynb #a21bc5ca
 def elementwise(
@@ -131,9 +131,9 @@ def updating_movement_magnitude(
     "`|w|·|w - w_prev|`: keep the weights that are large and have moved since the previous pruning."
     return movement_magnitude(weight, prev)
 
-# %% ../nbs/01_criteria.ipynb #a25f67eb
+# %% ../nbs/01_criteria.ipynb #c5e061d2
 @elementwise
-def gradient(
+def gradient_magnitude(
     grad:Tensor, # Running mean of the gradients, any shape
 ) -> Tensor: # Scores ≥ 0, shape of `grad`
     "`|g|`: keep the weights that the loss pulls at."

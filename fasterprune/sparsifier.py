@@ -15,8 +15,8 @@ from .granularity import Granularity, check_granularity, nm_pattern, prunable_ty
 
 # %% auto #0
 __all__ = ['contexts', 'check_sparsity', 'kth_smallest', 'uniform', 'erk', 'apportion', 'lamp', 'check_context', 'find_layers',
-           'following_norms', 'input_scale', 'PrunedLayer', 'check_finite', 'Scores', 'select', 'select_sorted',
-           'Sparsity', 'measured_sparsity', 'Sparsifier']
+           'following_norms', 'input_scale', 'PrunedLayer', 'check_finite', 'Scores', 'select_blocks',
+           'select_blocks_sorted', 'Sparsity', 'measured_sparsity', 'Sparsifier']
 
 # %% ../nbs/03_sparsifier.ipynb #ff6b202e
 def check_sparsity(
@@ -33,7 +33,7 @@ def check_sparsity(
         raise ValueError(f"sparsity got {sparsity}; it is the fraction of zeros, a number in [0, 1){hint}")
     return float(sparsity)
 
-# %% ../nbs/03_sparsifier.ipynb #966cb286
+# %% ../nbs/03_sparsifier.ipynb #3b5e1cb2
 _chunk = 1<<16  # scores looked at in one go: 256 KB of float32, at home in the L2 cache
 
 def _slices(n): return (slice(i, min(i+_chunk, n)) for i in range(0, n, _chunk))
@@ -56,13 +56,13 @@ def kth_smallest(
             for sl in _slices(len(s)):
                 x = s[sl]
                 above = x >= lo
-                below += len(x) - np.count_nonzero(above)
+                below += len(x) - int(np.count_nonzero(above))
                 inside.append(x[np.logical_and(above, x <= hi, out=above)])
         inside = np.concatenate(inside)
         if below < k <= below+len(inside): break
         lo,hi = (0., lo) if k <= below else (hi, np.inf)
     t = np.partition(inside, k-below-1)[k-below-1]
-    return t, below+np.count_nonzero(inside < t), below+np.count_nonzero(inside <= t)
+    return t, below + int(np.count_nonzero(inside < t)), below + int(np.count_nonzero(inside <= t))
 
 # %% ../nbs/03_sparsifier.ipynb #f6736f0f
 def uniform(
@@ -123,9 +123,8 @@ def check_context(
     if context in contexts or callable(context) and not isinstance(context, type): return context
     raise ValueError(f"context got {context!r}; it is one of {', '.join(contexts)}, or a function (sparsity, shapes, sizes) -> sparsity of each layer")
 
-# %% ../nbs/03_sparsifier.ipynb #623b0f87
+# %% ../nbs/03_sparsifier.ipynb #d9940ed8
 def _named(name, names): return any(name == n or name.startswith(n+'.') for n in names)
-def _strs(x): return [x] if isinstance(x, str) else list(x)
 
 def find_layers(
     model:nn.Module, # Any network
@@ -139,14 +138,15 @@ def find_layers(
         for n in names:
             if n not in everything: raise ValueError(f"{arg} names {n!r}, which is not in the model; its prunable layers are {_short(here)}")
     if isinstance(layers, type): layers = (layers,)
-    exclude = _strs(exclude)
+    if isinstance(layers, str): layers = [layers]
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     known(exclude, 'exclude')
+    several = lambda kind: isinstance(layers, (tuple, list)) and layers and all(isinstance(l, kind) for l in layers)
     if callable(layers): pick = layers
-    elif isinstance(layers, str) or layers and all(isinstance(l, str) for l in layers):
-        layers = _strs(layers)
+    elif several(str):
         known(layers, 'layers')
         pick = lambda n,m: _named(n, layers)
-    elif isinstance(layers, (tuple, list)) and layers and all(isinstance(l, type) for l in layers):
+    elif several(type):
         bad = [l.__name__ for l in layers if not (issubclass(l, prunable_types) or any(issubclass(p, l) for p in prunable_types))]
         if bad: raise ValueError(f"layers got {', '.join(bad)}; layers that can be pruned are {', '.join(t.__name__ for t in prunable_types)}")
         pick = lambda n,m: isinstance(m, tuple(layers))
@@ -306,7 +306,7 @@ def check_finite(
     for l in layers:
         if not l.weight.isfinite().all(): raise ValueError(f"layer {l.name} has weights that are not finite (NaN or inf), so nothing was pruned; is the learning rate too high?")
 
-# %% ../nbs/03_sparsifier.ipynb #57eeb2cc
+# %% ../nbs/03_sparsifier.ipynb #2632a4f7
 class Scores:
     "The scores of a layer's blocks: as long as there are blocks, its slices are 1-d numpy arrays. Pruned blocks score 0."
     def __init__(self,
@@ -381,16 +381,16 @@ class Scores:
                 quota,tied = quota-min(quota, len(tied)), tied[quota:]
             np.greater(s, t, out=keep[sl])
             if ties: keep[sl][tied] = True
-        self.layer.n_dead = len(self) - np.count_nonzero(keep)
+        self.layer.n_dead = len(self) - int(np.count_nonzero(keep))
         return quota
 
-# %% ../nbs/03_sparsifier.ipynb #0345dddb
-def select(
+# %% ../nbs/03_sparsifier.ipynb #89d4804e
+def select_blocks(
     scores:list, # `Scores` of the layers among which to choose
     k:int, # How many blocks are to be pruned in all, those already pruned included
 ) -> tuple: # A function that writes the masks, and the names of the layers that would have lost everything
     "Choose the `k` blocks with the smallest scores."
-    if scores[0].layer.weight.device.type != 'cpu': return select_sorted(scores, k)
+    if scores[0].layer.weight.device.type != 'cpu': return select_blocks_sorted(scores, k)
     saved = []
     while True:
         t,below,below_or_equal = kth_smallest(scores, k)
@@ -404,11 +404,11 @@ def select(
         for s in scores: left = s.cut(t, left, ties=below_or_equal > k)
     return write, saved
 
-def select_sorted(
-    scores:list, # As for `select`
-    k:int, # As for `select`
-) -> tuple: # As for `select`
-    "The same by one stable sort of all scores, on any device. `select` uses it on a GPU, where sorting is fast; on a CPU it is its oracle."
+def select_blocks_sorted(
+    scores:list, # As for `select_blocks`
+    k:int, # As for `select_blocks`
+) -> tuple: # As for `select_blocks`
+    "The same by one stable sort of all scores, on any device. `select_blocks` uses it on a GPU, where sorting is fast; on a CPU it is its oracle."
     for s in scores: s.all = s.everything()
     everything = torch.cat([s.all if s.alive is None else torch.where(s.alive, s.all, -1.) for s in scores])
     order = everything.sort(stable=True).indices
@@ -416,7 +416,7 @@ def select_sorted(
     empty = [s for s,e in zip(scores, torch.stack([s.all.max() <= t for s in scores]).tolist()) if e]
     saved = [s.layer.name for s in empty if s.protect_best() < t]
     if empty:
-        write,more = select_sorted(scores, k)
+        write,more = select_blocks_sorted(scores, k)
         return write, saved + more
     keep = torch.ones(len(everything), dtype=torch.bool, device=everything.device)
     keep[order[:k]] = False
@@ -426,7 +426,7 @@ def select_sorted(
             s.layer.n_dead = len(s) - int(kept.sum())
     return write, saved
 
-# %% ../nbs/03_sparsifier.ipynb #f1c116ec
+# %% ../nbs/03_sparsifier.ipynb #4e7ffe23
 class Sparsity:
     "Zeros counted in the weights of some layers: a table, and `float(...)` for the total."
     def __init__(self,
@@ -456,7 +456,7 @@ class Sparsity:
 def _measure(layers):
     def row(l):
         w = l.weight
-        zeros = w.numel() - (np.count_nonzero(w.numpy()) if w.device.type == 'cpu' and w.dtype in (torch.float32, torch.float64) else int(w.count_nonzero()))
+        zeros = w.numel() - int(np.count_nonzero(w.numpy()) if w.device.type == 'cpu' and w.dtype in (torch.float32, torch.float64) else w.count_nonzero())
         return l.name, tuple(w.shape), w.numel(), zeros, l.n, zeros if l.single else int(l.blocks.dead(weight_view(l.module)).sum())
     return Sparsity([row(l) for l in layers])
 
@@ -469,7 +469,7 @@ def measured_sparsity(
     "Count the zeros in the weights of `model`."
     return _measure([PrunedLayer(n, m, granularity) for n,m in find_layers(model, layers, exclude).items()])
 
-# %% ../nbs/03_sparsifier.ipynb #b414399c
+# %% ../nbs/03_sparsifier.ipynb #66d5c99b
 class Sparsifier:
     "Prune the layers of any network: which layers, in what blocks, by which criterion, and how the sparsity is shared out."
     def __init__(self,
@@ -576,7 +576,7 @@ class Sparsifier:
                 scores = [Scores(l, self.criteria, self._inputs(l, act), self.regrow) for l in ls]
                 if self.context == 'lamp':
                     for s in scores: s.all = lamp(s.everything())
-                write,saved = select(scores, k) if k else (lambda scores=scores: [s.layer.flat_keep().fill_(True) for s in scores], [])
+                write,saved = select_blocks(scores, k) if k else (lambda scores=scores: [s.layer.flat_keep().fill_(True) for s in scores], [])
                 self._tell(saved, 'would have lost every block to the common threshold; the best block of each was kept')
                 writes.append(write)
             for write in writes: write()

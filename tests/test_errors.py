@@ -1,0 +1,75 @@
+"C13: errors are early, say what is allowed, and leave the model untouched."
+import pytest, torch
+from torch import nn
+from fastai.callback.core import Callback
+from fasterprune.all import *
+from conftest import conv_net, fit, same, state
+
+nan = float('nan')
+at_construction = [
+    (dict(sparsity=90), "pass 0.9"), (dict(sparsity=-.1), r"a number in \[0, 1\)"), (dict(sparsity=1.), r"a number in \[0, 1\)"), (dict(sparsity=nan), r"a number in \[0, 1\)"),
+    (dict(sparsity='abc'), r"a number in \[0, 1\)"), (dict(sparsity=True), r"a number in \[0, 1\)"), (dict(sparsity=None), r"a number in \[0, 1\)"), (dict(sparsity={}), "empty dict"),
+    (dict(sparsity={'0': 2}), r"a number in \[0, 1\)"),
+    (dict(granularity='block'), "known are weight"), (dict(granularity=3), "known are weight"), (dict(granularity='5:4'), "0 < n < m"), (dict(granularity='2:4'), "a sparsity of 0.5"),
+    (dict(context='each'), "local, erk, global, lamp"), (dict(context=None), "local, erk, global, lamp"),
+    (dict(criteria='magnitude'), "a criterion is a function"), (dict(criteria=lambda x, y: x), "wants x, y"), (dict(criteria=lambda: 1), "wants nothing"), (dict(criteria=nn.ReLU), "a criterion is a function"),
+    (dict(schedule='cos'), "a schedule is a function"), (dict(schedule=lambda pos: pos), r"cannot be called as \(start, end, pos\)"), (dict(schedule=lambda s, e, p: 'x'), "a sparsity is a number"),
+    (dict(schedule=lambda s, e, p: 2*p), "a sparsity is a number"), (dict(schedule=sched_dsd), "regrow=True"),
+    (dict(start_epoch=3, end_epoch=2), "start_epoch < end_epoch"), (dict(start_epoch=-1), "0 <= start_epoch"), (dict(resolution=2), "resolution"),
+]
+@pytest.mark.parametrize('kw,text', at_construction)
+def test_at_construction(kw, text):
+    with pytest.raises((ValueError, TypeError), match=text): SparsifyCallback(**{'sparsity': .9, **kw})
+
+def nan_net():
+    net = conv_net()
+    with torch.no_grad(): net[3].weight[0, 0, 0, 0] = nan
+    return net
+
+at_the_start = [
+    (dict(layers=nn.Conv3d), {}, "no layer to prune"), (dict(layers='body'), {}, "names 'body', which is not in the model"), (dict(exclude=['body']), {}, "exclude names 'body'"),
+    (dict(layers=nn.Embedding), {}, "layers that can be pruned are"), (dict(layers=3), {}, "give a module type"),
+    (dict(sparsity={'nope': .5}), {}, "its prunable layers are 0, 3, 6, 10"), (dict(sparsity={'1': .5}), {}, "no layer to prune"), (dict(sparsity={'0': .5}, context='global'), {}, "context='local'"),
+    (dict(), dict(model=nan_net), "layer 3 has weights that are not finite"), (dict(granularity='kernel', layers=(nn.Conv2d, nn.Linear)), {}, "unknown for Linear"),
+    (dict(start_epoch=2), {}, "does not fit into a training of 2 epochs"), (dict(end_epoch=3), {}, "does not fit into a training of 2 epochs"),
+    (dict(sparsity=.75, granularity='1:4'), dict(model=lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())), r"multiples of 4; layer 1 has 6.*exclude=\['1'\]"),
+    (dict(criteria=lambda weight: weight), {}, "scores must be finite and at least 0"), (dict(criteria=lambda weight: weight.sum()), {}, "in the shape of the weight"),
+    (dict(context=lambda s, shapes, sizes: [s]), {}, "one sparsity in"),
+    (dict(), dict(model=lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 3, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten())), "remove the reparametrisation"),
+]
+@pytest.mark.parametrize('kw,net,text', at_the_start)
+def test_at_the_start(learner, kw, net, text):
+    learn = learner(model=net['model']() if net else None)
+    before,steps = state(learn),[]
+    class Steps(Callback):
+        def before_step(self): steps.append(1)
+    with pytest.raises((ValueError, TypeError), match=text): fit(learn, cbs=[SparsifyCallback(**{'sparsity': .9, **kw}), Steps()])
+    assert not steps
+    after = state(learn)
+    assert all(torch.equal(before[k].nan_to_num(7.), after[k].nan_to_num(7.)) for k in before)
+
+def test_nan_during_the_training_names_the_layer(learner):
+    class Blow(Callback):
+        order = 80
+        def after_step(self):
+            if self.train_iter == 4: self.model[6].weight.data[0] = nan
+    with pytest.raises(ValueError, match='layer 6 has weights that are not finite'): fit(learner(), cbs=[SparsifyCallback(.9), Blow()])
+
+def test_an_error_in_one_layer_leaves_all_others_alone():
+    torch.manual_seed(0); m = conv_net()
+    bad = lambda weight, name: weight.abs() * (float('nan') if name == '6' else 1)
+    before = {k: v.clone() for k,v in m.state_dict().items()}
+    with pytest.raises(ValueError, match='layer 6'): Sparsifier(m, criteria=bad).sparsify(.5)
+    assert all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
+
+def test_filters_without_a_sample_on_a_model_that_cannot_be_traced():
+    class Odd(nn.Module):
+        def __init__(self): super().__init__(); self.net = conv_net()
+        def forward(self, x): return self.net(x) if x.sum() > 0 else -self.net(x)
+    with pytest.raises(ValueError, match='pass sample='): Sparsifier(Odd(), 'filter')
+    Sparsifier(Odd(), 'filter', sample=torch.randn(2, 4, 6, 6)).sparsify(.5)
+
+def test_meta_and_lazy_and_complex():
+    with pytest.raises(ValueError, match='has no values yet'): Sparsifier(nn.Sequential(nn.Conv2d(1, 1, 1, device='meta')))
+    with pytest.raises(ValueError, match='has no values yet'): Sparsifier(nn.Sequential(nn.LazyConv2d(1, 1)))
+    with pytest.raises(ValueError, match='only real floating point'): Sparsifier(nn.Sequential(nn.Conv2d(1, 1, 1, dtype=torch.complex64)))
