@@ -382,7 +382,7 @@ def write_report(
             fig.savefig(Path(out)/f'{name}.png', dpi=120, bbox_inches='tight', facecolor='white')
     return table
 
-# %% ../nbs/09_experiments.ipynb #33bcb770
+# %% ../nbs/09_experiments.ipynb #2918441f
 def _list(s, what, f=str):
     try: return [f(p.strip()) for p in str(s).split(',') if p.strip()]
     except ValueError: raise ValueError(f"--{what} got {s!r}; give values with commas between, such as 0.8,0.9") from None
@@ -433,11 +433,11 @@ def fasterprune_compare(
     data:str='digits', # Data: digits, cifar10, cifar100, caltech101, imagenette or folder
     path:str=None, # Folder with the data, if it is on this machine; else fastai downloads it
     arch:str='small', # Network: small, or one of torchvision or fastai, such as resnet18 or vgg16_bn
-    schedules:str='oneshot,iterative,agp,onecycle', # Schedules to compare: also linear, cosine, cosine70, agp80, oneshot0, onecycle6
+    schedules:str='oneshot,iterative,agp,cosine70,onecycle', # Schedules to compare: also linear, cosine, agp80, oneshot0, onecycle6
     sparsities:str='0.95', # Target sparsities, fractions with commas between
     granularity:str='weight', # Blocks that are pruned together: weight, kernel, filter, 2:4, ...
     context:str='local', # How the sparsity is shared out: local, erk, global or lamp
-    epochs:int=5, # Training budget in epochs, the same for all
+    epochs:int=12, # Training budget in epochs, the same for all
     lr:float=1e-2, # Maximum learning rate of the one cycle
     bs:int=64, # Batch size
     size:int=None, # Resize images to so many pixels
