@@ -22,7 +22,7 @@ from .sparsifier import Sparsifier, check_context, check_sparsity
 # %% auto #0
 __all__ = ['SparsifyCallback', 'KeepSparsity']
 
-# %% ../nbs/04_callback.ipynb #f0efbfbc
+# %% ../nbs/04_callback.ipynb #cb0bd749
 class _ZerosCallback(Callback):
     "Keeps the zeros of a `Sparsifier` during a fit; what `SparsifyCallback` and `KeepSparsity` have in common."
     order,run_valid = Recorder.order+1,False
@@ -42,6 +42,7 @@ class _ZerosCallback(Callback):
         if self.sparsifier is None:
             self._reads_grads = any(hasattr(type(cb), 'before_step') and not isinstance(cb, (GradientAccumulation, MixedPrecision)) for cb in self.learn.cbs)
             self._begin(get_model(self.learn.model))
+            self.learn.recorder.sparsity_scheduled,self.learn.recorder.sparsity_measured = [],[]
         self._prune()
 
     def _prune(self): pass
@@ -62,7 +63,9 @@ class _ZerosCallback(Callback):
     def after_validate(self):
         if self.sparsifier is None: return
         self._measured = float(self.sparsifier.measure())
-        if hasattr(self.learn, 'recorder'): self.learn.recorder.log.append(self._measured)
+        if not hasattr(self.learn, 'recorder'): return
+        self.learn.recorder.log.append(self._measured)
+        self.learn.recorder.sparsity_measured.append((self.learn.train_iter, self._measured))
 
     def after_fit(self): self.sparsifier = None
 
@@ -118,7 +121,6 @@ class SparsifyCallback(_ZerosCallback):
                 n,dead = sum(l.n for l in ls), sum(l.n_dead for l in ls)
                 if dead > k and not sp.regrow: sp._tell(ls, f"already {'has' if len(ls)==1 else 'have'} {dead/n:.2%} zeros, more than the {k/n:.2%} asked for: pruned stays pruned (regrow=True lets weights grow back)")
         self.sparsifier,self._last = sp,None
-        self.learn.recorder.sparsity_scheduled,self.learn.recorder.sparsity_measured = [],[]
 
     def _trainable(self, sp): return [l for l in sp.layers if l.module.weight.requires_grad]
 
@@ -177,7 +179,7 @@ class SparsifyCallback(_ZerosCallback):
                 f"SaveModelCallback loads the best epoch, whose sparsity is {there:.2%}, not the {self._measured:.2%} reached at the end; "
                 "monitor only sparse epochs, or save the last one (SaveModelCallback(every_epoch=True))")
 
-# %% ../nbs/04_callback.ipynb #2a74c562
+# %% ../nbs/04_callback.ipynb #36b4610d
 @patch
 def plot_sparsity(self:Recorder,
     ax=None, # Matplotlib axes to draw on; new ones if None
@@ -190,9 +192,9 @@ def plot_sparsity(self:Recorder,
     lr, = ax2.plot(self.lrs, color='tab:gray', ls=':', label='learning rate')
     ax2.set_ylabel('learning rate')
     s, = ax.plot(*zip(*self.sparsity_scheduled), color='tab:blue', label='sparsity, scheduled')
-    m, = ax.plot(*zip(*self.sparsity_measured), color='tab:orange', ls='', marker='.', ms=4, label='sparsity, measured') if self.sparsity_measured else (s,)
+    m, = ax.plot(*zip(*self.sparsity_measured), color='tab:orange', ls='', marker='.', ms=4, label='sparsity, measured')
     ax.set(xlabel='training step', ylabel='sparsity', ylim=(-.02, 1), title='Sparsity over the training')
-    ax.legend(handles=list(dict.fromkeys((s, m, lr))), loc='lower right', fontsize='small')
+    ax.legend(handles=[s, m, lr], loc='upper left', bbox_to_anchor=(1.1, 1), frameon=False, fontsize='small')
     return ax
 
 # %% ../nbs/04_callback.ipynb #a524b890

@@ -32,7 +32,7 @@ __all__ = ['datasets', 'schedules', 'TensorDL', 'tensor_dls', 'digits', 'find_da
            'make_model', 'Results', 'run_key', 'run_one', 'versions', 'summarize', 'plot_accuracy', 'plot_curves',
            'write_report', 'compare', 'fasterprune_compare']
 
-# %% ../nbs/09_experiments.ipynb #e77b8f44
+# %% ../nbs/09_experiments.ipynb #1d0acd2b
 class TensorDL(DataLoader):
     "Batches from images in memory, augmented a batch at a time."
     def __init__(self,
@@ -59,8 +59,9 @@ class TensorDL(DataLoader):
         idxs:Tensor, # Which images
     ) -> tuple: # Images, float32, and classes
         "The images `idxs`, augmented if this is for training."
-        x = self.x[idxs].float().div_(255).sub_(self.mean).div_(self.std)
+        x = self.x[idxs].float().div_(255)
         if self.train and self.pad: x = _shift(x, self.pad)
+        x = x.sub_(self.mean).div_(self.std)
         if self.train and self.flip: x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < .5, x, x.flip(3))
         if self.size and self.size != x.shape[-1]: x = F.interpolate(x, size=(self.size, self.size), mode='bilinear', antialias=True)
         return x, self.y[idxs]
@@ -382,7 +383,7 @@ def write_report(
             fig.savefig(Path(out)/f'{name}.png', dpi=120, bbox_inches='tight', facecolor='white')
     return table
 
-# %% ../nbs/09_experiments.ipynb #2918441f
+# %% ../nbs/09_experiments.ipynb #b70fc986
 def _list(s, what, f=str):
     try: return [f(p.strip()) for p in str(s).split(',') if p.strip()]
     except ValueError: raise ValueError(f"--{what} got {s!r}; give values with commas between, such as 0.8,0.9") from None
@@ -402,6 +403,9 @@ def compare(
     for s in sparsities: check_sparsity(s)
     check_granularity(config['granularity']); check_context(config['context'])
     if seeds < 1 or config['epochs'] < 1 or config['bs'] < 2: raise ValueError(f"--seeds and --epochs must be at least 1 and --bs at least 2; got {seeds}, {config['epochs']} and {config['bs']}")
+    if config['data'] not in datasets: raise ValueError(f"--data got {config['data']!r}; it is one of {', '.join(datasets)}")
+    try: dev = torch.empty(0, device=device or default_device()).device
+    except (RuntimeError, AssertionError) as e: raise ValueError(f"--device got {device!r}, which cannot be used here: {str(e).splitlines()[0]}") from None
     make_model(config['arch'], 3, 2)
     results = Results(out)
     todo = []
@@ -419,8 +423,8 @@ def compare(
         if key in done(): continue
         text = f"[{i+1}/{len(todo)}] seed {c['seed']} {c['schedule']}{'' if c['schedule'] == 'dense' else ' %g' % c['sparsity']}"
         if dls is None:
-            dls = load_data(c['data'], config['path'], c['size'], c['bs'], channels=None if c['arch'] == 'small' else 3, device=torch.device(device) if device else default_device())
-            run_one('dense', dls=dls, device=device, **{k: c[k] for k in ('data','arch','lr','bs','size')}, epochs=1) if config['data'] == 'digits' else None # warm up, so that the first time is comparable
+            dls = load_data(c['data'], config['path'], c['size'], c['bs'], channels=None if c['arch'] == 'small' else 3, device=dev)
+            if c['data'] == 'digits': run_one('dense', dls=dls, device=device, epochs=1) # warm up, so that the first time compares
         r = run_one(dls=dls, device=device, tell=text, path=config['path'], **c)
         results.add(dict(key=key, **c, **r, versions=versions(), device=str(dls.device), threads=torch.get_num_threads(), date=datetime.now(timezone.utc).strftime('%Y-%m-%d')))
         spent.append(r['seconds'])

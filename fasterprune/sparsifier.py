@@ -426,9 +426,9 @@ def select_blocks_sorted(
             s.layer.n_dead = len(s) - int(kept.sum())
     return write, saved
 
-# %% ../nbs/03_sparsifier.ipynb #4e7ffe23
+# %% ../nbs/03_sparsifier.ipynb #b91041d1
 class Sparsity:
-    "Zeros counted in the weights of some layers: a table, and `float(...)` for the total."
+    "Zeros counted in the weights of some layers: a table, and `float(...)` for the fraction of dead blocks in all."
     def __init__(self,
         rows:list, # Per layer: name, shape, number of weights, zeros, blocks, blocks that are zero altogether
     ): self.rows = rows
@@ -438,13 +438,13 @@ class Sparsity:
     @property
     def zeros(self) -> int: return sum(r[3] for r in self.rows)
     @property
-    def layers(self) -> dict: # From name to sparsity
-        return {r[0]: r[3]/r[2] for r in self.rows}
-    def __float__(self): return self.zeros / self.n
+    def layers(self) -> dict: # From name to fraction of dead blocks
+        return {r[0]: r[5]/r[4] for r in self.rows}
+    def __float__(self): return sum(r[5] for r in self.rows) / sum(r[4] for r in self.rows)
     def _table(self):
         yield 'layer', 'shape', 'weights', 'zeros', 'sparsity', 'dead blocks'
         for name,shape,n,z,b,d in self.rows: yield name, '×'.join(map(str, shape)), f'{n:,}', f'{z:,}', f'{z/n:.2%}', f'{d:,} of {b:,}'
-        yield 'total', '', f'{self.n:,}', f'{self.zeros:,}', f'{float(self):.2%}', f'{sum(r[5] for r in self.rows):,} of {sum(r[4] for r in self.rows):,}'
+        yield 'total', '', f'{self.n:,}', f'{self.zeros:,}', f'{self.zeros/self.n:.2%}', f'{sum(r[5] for r in self.rows):,} of {sum(r[4] for r in self.rows):,}'
     def __repr__(self):
         rows = list(self._table())
         w = [max(map(len, col)) for col in zip(*rows)]
