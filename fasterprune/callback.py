@@ -22,7 +22,7 @@ from .sparsifier import Sparsifier, check_context, check_sparsity
 # %% auto #0
 __all__ = ['SparsifyCallback', 'KeepSparsity']
 
-# %% ../nbs/04_callback.ipynb #cb0bd749
+# %% ../nbs/04_callback.ipynb #d4db3641
 class _ZerosCallback(Callback):
     "Keeps the zeros of a `Sparsifier` during a fit; what `SparsifyCallback` and `KeepSparsity` have in common."
     order,run_valid = Recorder.order+1,False
@@ -139,8 +139,9 @@ class SparsifyCallback(_ZerosCallback):
         sp = self.sparsifier
         layers = self._trainable(sp)
         if not layers or 'grad' in sp.wants and not any('grad' in l.state for l in layers): return
-        if sp.update(s, self.learn.xb, layers) or self._last is None:
-            self.learn.recorder.sparsity_measured.append((step, float(sp.measure())))
+        measured = self.learn.recorder.sparsity_measured
+        if sp.update(s, self.learn.xb, layers) and (not measured or step - measured[-1][0] >= self.learn.n_iter*self.learn.n_epoch/200):
+            measured.append((step, float(sp.measure()))) # to count takes a while too: 200 times in a fit are enough
         self._last = s
 
     def _mean(self, s):

@@ -33,34 +33,36 @@ def check_sparsity(
         raise ValueError(f"sparsity got {sparsity}; it is the fraction of zeros, a number in [0, 1){hint}")
     return float(sparsity)
 
-# %% ../nbs/03_sparsifier.ipynb #3b5e1cb2
-_chunk = 1<<16  # scores looked at in one go: 256 KB of float32, at home in the L2 cache
+# %% ../nbs/03_sparsifier.ipynb #282a9d97
+_chunk = 1<<16  # scores looked at in one go: 256 KB of float32, at home in the cache
 
 def _slices(n): return (slice(i, min(i+_chunk, n)) for i in range(0, n, _chunk))
 
 def kth_smallest(
     scores:list, # Arrays with a length, whose slices are 1-d numpy arrays of scores ≥ 0 (numpy arrays will do)
-    k:int, # Which one, from 1 to the number of scores
+    k:int, # Which one, from 1 to the number of scores that count
+    alive:list|None=None, # For each of `scores`, a bool array of those that count, or None for all
 ) -> tuple: # The k-th smallest score, how many scores are smaller, how many are smaller or equal
-    "The exact k-th smallest of all scores, in little more than one reading of them and almost no memory."
-    n = sum(map(len, scores))
-    stride = max(1, n >> 14)
-    sample = np.sort(np.concatenate([s[::stride] for s in scores]))
-    m = len(sample)
+    "The exact k-th smallest of all scores that count, in little more than one reading of them and almost no memory."
+    alive = alive or [None]*len(scores)
+    stride = max(1, sum(map(len, scores)) >> 14)
+    sample = np.sort(np.concatenate([s[::stride] if a is None else s[::stride][a[::stride]] for s,a in zip(scores, alive)]))
+    n,m = sum(len(s) if a is None else int(np.count_nonzero(a)) for s,a in zip(scores, alive)), len(sample)
     at,spread = m*k/n, 3*math.sqrt(m*k/n*(1-k/n)) + 2
     i,j = math.floor(at-spread)-1, math.ceil(at+spread)
-    lo,hi = (sample[i] if i >= 0 else 0.), (sample[j] if j < m else np.inf)
+    lo,hi = (sample[i] if i >= 0 else np.float32(-1)), (sample[j] if j < m else np.float32(np.inf))
     while True:
-        below,inside = 0,[]
-        for s in scores:
+        above_lo,inside = 0,[]
+        for s,a in zip(scores, alive):
             for sl in _slices(len(s)):
                 x = s[sl]
-                above = x >= lo
-                below += len(x) - int(np.count_nonzero(above))
-                inside.append(x[np.logical_and(above, x <= hi, out=above)])
-        inside = np.concatenate(inside)
+                above = x > lo
+                if a is not None: above &= a[sl]
+                above_lo += int(np.count_nonzero(above))
+                inside.append(x.take(np.flatnonzero(np.logical_and(above, x <= hi, out=above))))
+        below,inside = n-above_lo, np.concatenate(inside)
         if below < k <= below+len(inside): break
-        lo,hi = (0., lo) if k <= below else (hi, np.inf)
+        lo,hi = (np.float32(-1), lo) if k <= below else (hi, np.float32(np.inf))
     t = np.partition(inside, k-below-1)[k-below-1]
     return t, below + int(np.count_nonzero(inside < t)), below + int(np.count_nonzero(inside <= t))
 
@@ -306,9 +308,9 @@ def check_finite(
     for l in layers:
         if not l.weight.isfinite().all(): raise ValueError(f"layer {l.name} has weights that are not finite (NaN or inf), so nothing was pruned; is the learning rate too high?")
 
-# %% ../nbs/03_sparsifier.ipynb #2632a4f7
+# %% ../nbs/03_sparsifier.ipynb #5cb079d1
 class Scores:
-    "The scores of a layer's blocks: as long as there are blocks, its slices are 1-d numpy arrays. Pruned blocks score 0."
+    "The scores of a layer's blocks: as long as there are blocks, its slices are 1-d numpy arrays. `alive` tells which of them count."
     def __init__(self,
         layer:PrunedLayer, # The layer
         criteria:Callable, # The criterion
@@ -319,7 +321,7 @@ class Scores:
         self.alive = None if regrow or layer.keep is None else layer.flat_keep()
         f = criteria
         while hasattr(f, 'func'): f = f.func # what is inside a partial
-        self.all = None
+        self.all,self.checked = None,False
         if getattr(f, 'elementwise', False) and layer.single and layer.blocks.n_of is None and layer.weight.device.type == 'cpu':
             self.inputs = {k: layer.flat(v) for k,v in inputs.items()} # scored when a slice is asked for
         else: self.all = self._score_all()
@@ -330,8 +332,7 @@ class Scores:
         if l.blocks.n_of is not None:
             alive = s if self.alive is None else torch.where(l.keep_view(), s, -1.) # what is pruned stays a candidate
             s = s.masked_fill(~l.blocks.candidates(alive), torch.inf)
-        s = l.flat(weight_unview(l.module, s)) if l.single else s.reshape(-1)
-        return s if self.alive is None else torch.where(self.alive, s, 0.)
+        return l.flat(weight_unview(l.module, s)) if l.single else s.reshape(-1)
 
     def _check(self, s, shape=None):
         name = getattr(self.criteria, '__name__', self.criteria)
@@ -340,8 +341,9 @@ class Scores:
             raise ValueError(f"criteria {name} gave {got} for layer {self.layer.name}; it must give a tensor in the shape of the weight, {tuple(self.layer.weight.shape)}")
         s = s.detach()
         if s.dtype not in (torch.float32, torch.float64): s = s.float()
-        lo,hi = s.aminmax()
-        if not (lo >= 0 and hi < torch.inf):
+        if self.checked: return s
+        lo,hi = (s.numpy().min(), s.numpy().max()) if s.device.type == 'cpu' else s.aminmax()
+        if not (lo >= 0 and hi < np.inf):
             check_finite([self.layer])
             raise ValueError(f"criteria {name} gave scores from {lo:g} to {hi:g} for layer {self.layer.name}; scores must be finite and at least 0")
         return s
@@ -350,58 +352,58 @@ class Scores:
 
     def __getitem__(self, sl:slice) -> np.ndarray:
         if self.all is not None: return self.all[sl].numpy()
-        s = self._check(self.criteria(**{k: v[sl] for k,v in self.inputs.items()})).numpy()
-        return s if self.alive is None else s * self.alive[sl].numpy()
+        return self._check(self.criteria(**{k: v[sl] for k,v in self.inputs.items()})).numpy()
 
     def everything(self) -> Tensor:
-        "All scores as one tensor"
-        return torch.from_numpy(self[:]) if self.all is None else self.all
+        "All scores as one tensor; 0 for what is pruned"
+        s = torch.from_numpy(self[:]) if self.all is None else self.all
+        return s if self.alive is None else torch.where(self.alive, s, 0.)
 
     def any_above(self, t) -> bool:
-        "Is any score above `t`? Looks no further than the first slice that has one."
-        return any((self[sl] > t).any() for sl in _slices(len(self)))
+        "Does any block that is alive score above `t`? Looks no further than the first slice that has one."
+        return any(((self[sl] > t) & (True if self.alive is None else self.alive[sl].numpy())).any() for sl in _slices(len(self)))
 
     def protect_best(self) -> float:
-        "Give the best block that is not pruned an infinite score, so that it stays; returns the score it had"
-        s = self.everything()
-        i = (s if self.alive is None else torch.where(self.alive, s, -1.)).argmax()
-        best,self.all = s[i].item(), s.clone()
+        "Give the best block that is alive an infinite score, so that it stays; returns the score it had"
+        self.all = self.everything().clone()
+        i = (self.all if self.alive is None else torch.where(self.alive, self.all, -1.)).argmax()
+        best = self.all[i].item()
         self.all[i] = torch.inf
         return best
 
     def cut(self, t, quota:int, ties:bool) -> int:
-        "Keep what scores above `t`; of what scores exactly `t`, prune the first `quota`; returns what is left of `quota`"
-        flat = self.layer.flat_keep()
-        keep,old = flat.numpy(), None if self.alive is None else self.alive.numpy()
+        "Keep what is alive and scores above `t`; of what scores exactly `t`, prune the first `quota`; returns what is left of `quota`"
+        keep = self.layer.flat_keep().numpy()
         for sl in _slices(len(self)):
-            s = self[sl]
+            s,alive = self[sl],keep[sl]
+            if self.alive is None: alive[:] = True
             if ties:
-                tied = np.flatnonzero(s == t)
-                if old is not None: tied = tied[old[sl][tied]]
+                tied = np.flatnonzero((s == t) & alive)
                 quota,tied = quota-min(quota, len(tied)), tied[quota:]
-            np.greater(s, t, out=keep[sl])
-            if ties: keep[sl][tied] = True
+            alive &= s > t
+            if ties: alive[tied] = True
         self.layer.n_dead = len(self) - int(np.count_nonzero(keep))
         return quota
 
-# %% ../nbs/03_sparsifier.ipynb #89d4804e
+# %% ../nbs/03_sparsifier.ipynb #95de49bc
 def select_blocks(
     scores:list, # `Scores` of the layers among which to choose
     k:int, # How many blocks are to be pruned in all, those already pruned included
 ) -> tuple: # A function that writes the masks, and the names of the layers that would have lost everything
     "Choose the `k` blocks with the smallest scores."
     if scores[0].layer.weight.device.type != 'cpu': return select_blocks_sorted(scores, k)
-    saved = []
+    saved,alive = [],[None if s.alive is None else s.alive.numpy() for s in scores]
+    more = k - sum(s.layer.n_dead for s in scores if s.alive is not None)
     while True:
-        t,below,below_or_equal = kth_smallest(scores, k)
+        t,below,below_or_equal = kth_smallest(scores, more, alive)
+        for s in scores: s.checked = True # every score has been looked at: finite, and not negative
         empty = [s for s in scores if not s.any_above(t)]
         if not empty: break
         for s in empty:
             if s.protect_best() < t: saved.append(s.layer.name)
-    quota = k - (below if t > 0 else sum(s.layer.n_dead for s in scores if s.alive is not None))
     def write():
-        left = quota
-        for s in scores: left = s.cut(t, left, ties=below_or_equal > k)
+        quota = more - below
+        for s in scores: quota = s.cut(t, quota, ties=below_or_equal > more)
     return write, saved
 
 def select_blocks_sorted(
@@ -410,7 +412,7 @@ def select_blocks_sorted(
 ) -> tuple: # As for `select_blocks`
     "The same by one stable sort of all scores, on any device. `select_blocks` uses it on a GPU, where sorting is fast; on a CPU it is its oracle."
     for s in scores: s.all = s.everything()
-    everything = torch.cat([s.all if s.alive is None else torch.where(s.alive, s.all, -1.) for s in scores])
+    everything = torch.cat([s.all if s.alive is None else torch.where(s.alive, s.all, -1.) for s in scores]) # what is pruned comes first
     order = everything.sort(stable=True).indices
     t = everything[order[k-1]].clamp(min=0)
     empty = [s for s,e in zip(scores, torch.stack([s.all.max() <= t for s in scores]).tolist()) if e]
