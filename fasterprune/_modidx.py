@@ -304,4 +304,5 @@ d = { 'settings': { 'branch': 'main',
                                                                                   'fasterprune/sparsifier.py'),
                                         'fasterprune.sparsifier.select_blocks_sorted': ( 'sparsifier.html#select_blocks_sorted',
                                                                                          'fasterprune/sparsifier.py'),
+                                        'fasterprune.sparsifier.tell': ('sparsifier.html#tell', 'fasterprune/sparsifier.py'),
                                         'fasterprune.sparsifier.uniform': ('sparsifier.html#uniform', 'fasterprune/sparsifier.py')}}}

@@ -15,7 +15,7 @@ from .granularity import Granularity, check_granularity, nm_pattern, prunable_ty
 
 # %% auto #0
 __all__ = ['contexts', 'check_sparsity', 'kth_smallest', 'uniform', 'erk', 'apportion', 'lamp', 'check_context', 'find_layers',
-           'following_norms', 'input_scale', 'PrunedLayer', 'check_finite', 'Scores', 'select_blocks',
+           'tell', 'following_norms', 'input_scale', 'PrunedLayer', 'check_finite', 'Scores', 'select_blocks',
            'select_blocks_sorted', 'Sparsity', 'measured_sparsity', 'Sparsifier']
 
 # %% ../nbs/03_sparsifier.ipynb #ff6b202e
@@ -125,7 +125,7 @@ def check_context(
     if context in contexts or callable(context) and not isinstance(context, type): return context
     raise ValueError(f"context got {context!r}; it is one of {', '.join(contexts)}, or a function (sparsity, shapes, sizes) -> sparsity of each layer")
 
-# %% ../nbs/03_sparsifier.ipynb #d9940ed8
+# %% ../nbs/03_sparsifier.ipynb #907cb8dc
 def _named(name, names): return any(name == n or name.startswith(n+'.') for n in names)
 
 def find_layers(
@@ -165,6 +165,12 @@ def find_layers(
         seen.add(id(w))
     if not found: raise ValueError(f"no layer to prune: layers={layers} and exclude={exclude} leave none of the model's prunable layers, {_short(here)}")
     return found
+
+def tell(
+    text:str, # One line
+):
+    "A warning; of the ranks of a distributed run, only the first talks."
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()): warnings.warn(text, stacklevel=5)
 
 def _short(names, n=12):
     names = list(names)
@@ -471,7 +477,7 @@ def measured_sparsity(
     "Count the zeros in the weights of `model`."
     return _measure([PrunedLayer(n, m, granularity) for n,m in find_layers(model, layers, exclude).items()])
 
-# %% ../nbs/03_sparsifier.ipynb #66d5c99b
+# %% ../nbs/03_sparsifier.ipynb #1db94bf7
 class Sparsifier:
     "Prune the layers of any network: which layers, in what blocks, by which criterion, and how the sparsity is shared out."
     def __init__(self,
@@ -561,7 +567,7 @@ class Sparsifier:
     def _tell(self, layers, *words):
         names = [n for n in (getattr(l, 'name', l) for l in layers) if n not in self._told]
         self._told.update(names)
-        if names: warnings.warn(f"{_short(names)} {' '.join(words)}", stacklevel=4)
+        if names: tell(f"{_short(names)} {' '.join(words)}")
 
     def update(self,
         sparsity:float|dict, # As in `sparsify`, already checked

@@ -34,3 +34,14 @@ def fit(learn, n=2, lr=1e-2, how='fit_one_cycle', **kwargs):
 
 def state(learn): return {k: v.clone() for k,v in learn.model.state_dict().items()}
 def same(a, b): return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+# what the tests stand for, counted and printed at the end of each run
+kinds = dict(situation='training situations passed', fault='faults survived', bad_input='bad inputs answered', model='models that people use')
+
+def pytest_configure(config):
+    for k,text in kinds.items(): config.addinivalue_line('markers', f'{k}: counted under "{text}"')
+
+def pytest_terminal_summary(terminalreporter, config):
+    passed = [r for r in terminalreporter.stats.get('passed', []) if r.when == 'call']
+    counts = {k: sum(k in r.keywords for r in passed) for k in kinds}
+    terminalreporter.write_line(', '.join(f'{text}: {counts[k]}' for k,text in kinds.items()))

@@ -40,6 +40,7 @@ def test_the_same_command_again_repeats_nothing(undisturbed):
     assert code == 0 and f'{n_runs} of {n_runs} trainings are in' in text
     assert (out/'results.jsonl').read_bytes() == before
 
+@pytest.mark.fault
 def test_ctrl_c_and_go_on(undisturbed, tmp_path):
     p = start(tmp_path)
     for line in p.stdout:
@@ -51,6 +52,7 @@ def test_ctrl_c_and_go_on(undisturbed, tmp_path):
     assert run(tmp_path)[0] == 0
     assert stripped(tmp_path) == stripped(undisturbed[0])
 
+@pytest.mark.fault
 def test_killed_at_ten_random_moments(undisturbed, tmp_path):
     rng,t = random.Random(0),time.time()
     reference = start(tmp_path/'time'); reference.communicate(); whole = time.time()-t
@@ -62,12 +64,14 @@ def test_killed_at_ten_random_moments(undisturbed, tmp_path):
     assert len(rows(tmp_path/'runs')) == n_runs # every line whole, every training once
     assert stripped(tmp_path/'runs') == stripped(undisturbed[0])
 
+@pytest.mark.fault
 def test_two_commands_on_one_folder(undisturbed, tmp_path):
     ps = [start(tmp_path), start(tmp_path)]
     for p in ps: p.communicate(timeout=300); assert p.returncode == 0
     assert len(rows(tmp_path)) == n_runs
     assert stripped(tmp_path) == stripped(undisturbed[0])
 
+@pytest.mark.fault
 def test_a_torn_line_is_dropped_and_done_again(tmp_path):
     res = Results(tmp_path)
     res.add(dict(key='a', x=1))
@@ -76,6 +80,7 @@ def test_a_torn_line_is_dropped_and_done_again(tmp_path):
     assert res.add(dict(key='b', x=2)) and [r['x'] for r in Results(tmp_path).rows()] == [1, 2]
     assert len(rows(tmp_path)) == 2
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize('args,text', [
     (dict(data='mnist'), 'it is one of digits, cifar10'), (dict(path='/no/such', data='cifar10'), '--path /no/such is not a folder'), (dict(data='folder'), 'needs --path DIR'),
     (dict(arch='resnet19'), 'an architecture of torchvision such as resnet18'), (dict(schedules='fast'), 'they are oneshot, iterative'), (dict(sparsities='90'), 'pass 0.9'),
@@ -87,21 +92,25 @@ def test_mistakes_are_one_clear_line(tmp_path, args, text):
     assert text in str(e.value) and '\n' not in str(e.value)
     assert not (tmp_path/'out'/'results.jsonl').exists() or not (tmp_path/'out'/'results.jsonl').read_text()
 
+@pytest.mark.bad_input
 def test_a_mistake_in_the_terminal(tmp_path):
     code,_,err = run(tmp_path/'out', '--arch', 'resnet19')
     assert code == 1 and 'fasterprune-compare: --arch got' in err and 'Traceback' not in err
 
+@pytest.mark.bad_input
 def test_no_internet_is_said(tmp_path):
     env = dict(os.environ, FASTAI_HOME=str(tmp_path), http_proxy='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9')
     p = subprocess.run([command, *small, '--data', 'cifar10', '--out', tmp_path/'out'], capture_output=True, text=True, env=env)
     assert p.returncode == 1 and 'is there an internet connection?' in p.stderr and '--path DIR' in p.stderr and 'Traceback' not in p.stderr
 
+@pytest.mark.bad_input
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path/'file').write_text('')
     code,_,err = run(tmp_path/'file')
     assert code == 1 and 'cannot be written' in err and 'Traceback' not in err
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+@pytest.mark.fault
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     res = Results(tmp_path)
     res.add(dict(key='a', x=1))

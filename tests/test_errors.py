@@ -17,6 +17,7 @@ at_construction = [
     (dict(schedule=lambda s, e, p: 2*p), "a sparsity is a number"), (dict(schedule=sched_dsd), "regrow=True"),
     (dict(start_epoch=3, end_epoch=2), "start_epoch < end_epoch"), (dict(start_epoch=-1), "0 <= start_epoch"), (dict(resolution=2), "resolution"),
 ]
+@pytest.mark.bad_input
 @pytest.mark.parametrize('kw,text', at_construction)
 def test_at_construction(kw, text):
     with pytest.raises((ValueError, TypeError), match=text): SparsifyCallback(**{'sparsity': .9, **kw})
@@ -37,6 +38,7 @@ at_the_start = [
     (dict(context=lambda s, shapes, sizes: [s]), {}, "one sparsity in"),
     (dict(), dict(model=lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 3, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten())), "remove the reparametrisation"),
 ]
+@pytest.mark.bad_input
 @pytest.mark.parametrize('kw,net,text', at_the_start)
 def test_at_the_start(learner, kw, net, text):
     learn = learner(model=net['model']() if net else None)
@@ -48,6 +50,7 @@ def test_at_the_start(learner, kw, net, text):
     after = state(learn)
     assert all(torch.equal(before[k].nan_to_num(7.), after[k].nan_to_num(7.)) for k in before)
 
+@pytest.mark.bad_input
 def test_nan_during_the_training_names_the_layer(learner):
     class Blow(Callback):
         order = 80
@@ -55,6 +58,7 @@ def test_nan_during_the_training_names_the_layer(learner):
             if self.train_iter == 4: self.model[6].weight.data[0] = nan
     with pytest.raises(ValueError, match='layer 6 has weights that are not finite'): fit(learner(), cbs=[SparsifyCallback(.9), Blow()])
 
+@pytest.mark.bad_input
 def test_an_error_in_one_layer_leaves_all_others_alone():
     torch.manual_seed(0); m = conv_net()
     bad = lambda weight, name: weight.abs() * (float('nan') if name == '6' else 1)
@@ -62,6 +66,7 @@ def test_an_error_in_one_layer_leaves_all_others_alone():
     with pytest.raises(ValueError, match='layer 6'): Sparsifier(m, criteria=bad).sparsify(.5)
     assert all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
 
+@pytest.mark.bad_input
 def test_filters_without_a_sample_on_a_model_that_cannot_be_traced():
     class Odd(nn.Module):
         def __init__(self): super().__init__(); self.net = conv_net()
@@ -69,6 +74,7 @@ def test_filters_without_a_sample_on_a_model_that_cannot_be_traced():
     with pytest.raises(ValueError, match='pass sample='): Sparsifier(Odd(), 'filter')
     Sparsifier(Odd(), 'filter', sample=torch.randn(2, 4, 6, 6)).sparsify(.5)
 
+@pytest.mark.bad_input
 def test_meta_and_lazy_and_complex():
     with pytest.raises(ValueError, match='has no values yet'): Sparsifier(nn.Sequential(nn.Conv2d(1, 1, 1, device='meta')))
     with pytest.raises(ValueError, match='has no values yet'): Sparsifier(nn.Sequential(nn.LazyConv2d(1, 1)))
