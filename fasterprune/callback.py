@@ -22,7 +22,7 @@ from .sparsifier import Sparsifier, check_context, check_sparsity, tell
 # %% auto #0
 __all__ = ['SparsifyCallback', 'KeepSparsity']
 
-# %% ../nbs/04_callback.ipynb #26d63d26
+# %% ../nbs/04_callback.ipynb #0d44e2d1
 class _ZerosCallback(Callback):
     "Keeps the zeros of a `Sparsifier` during a fit; what `SparsifyCallback` and `KeepSparsity` have in common."
     order,run_valid = Recorder.order+1,False
@@ -30,10 +30,15 @@ class _ZerosCallback(Callback):
 
     def before_fit(self):
         self.sparsifier = None
-        names = getattr(self.learn.recorder, 'metric_names', None) if hasattr(self.learn, 'recorder') else None
+        names = getattr(self._record, 'metric_names', None)
         if self._idle() or names is None or 'sparsity' in names: return
         i = len(names) - (names[-1] == 'time')
-        self.learn.recorder.metric_names = names[:i] + ['sparsity'] + names[i:]
+        self._record.metric_names = names[:i] + ['sparsity'] + names[i:]
+
+    @property
+    def _record(self):
+        "Where the history goes: the Recorder, or this callback if the Learner has none"
+        return getattr(self.learn, 'recorder', None) or self
 
     def _idle(self): return hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
 
@@ -42,7 +47,7 @@ class _ZerosCallback(Callback):
         if self.sparsifier is None:
             self._reads_grads = any(hasattr(type(cb), 'before_step') and not isinstance(cb, (GradientAccumulation, MixedPrecision)) for cb in self.learn.cbs)
             self._begin(get_model(self.learn.model))
-            self.learn.recorder.sparsity_scheduled,self.learn.recorder.sparsity_measured = [],[]
+            self._record.sparsity_scheduled,self._record.sparsity_measured = [],[]
         self._prune()
 
     def _prune(self): pass
@@ -63,9 +68,8 @@ class _ZerosCallback(Callback):
     def after_validate(self):
         if self.sparsifier is None: return
         self._measured = float(self.sparsifier.measure())
-        if not hasattr(self.learn, 'recorder'): return
-        self.learn.recorder.log.append(self._measured)
-        self.learn.recorder.sparsity_measured.append((self.learn.train_iter, self._measured))
+        if self._record is not self: self._record.log.append(self._measured)
+        self._record.sparsity_measured.append((self.learn.train_iter, self._measured))
 
     def after_fit(self): self.sparsifier = None
 
@@ -134,14 +138,14 @@ class SparsifyCallback(_ZerosCallback):
         pos = self._pos() if pos is None else pos
         s = self.scheduled(pos) if pos >= 0 else None
         step = self.learn.train_iter
-        self.learn.recorder.sparsity_scheduled.append((step, 0. if s is None else self._mean(s)))
+        self._record.sparsity_scheduled.append((step, 0. if s is None else self._mean(s)))
         if s is None or not (pos == 1 or self.learn.iter == 0 or self._due(s)): return
         sp = self.sparsifier
         layers = self._trainable(sp)
         if not layers or 'grad' in sp.wants and not any('grad' in l.state for l in layers): return
-        measured = self.learn.recorder.sparsity_measured
-        if sp.update(s, self.learn.xb, layers) and (not measured or step - measured[-1][0] >= self.learn.n_iter*self.learn.n_epoch/200):
-            measured.append((step, float(sp.measure()))) # to count takes a while too: 200 times in a fit are enough
+        measured = self._record.sparsity_measured
+        if sp.update(s, self.learn.xb, layers) and (not measured or step - measured[-1][0] >= self.learn.n_iter*self.learn.n_epoch/100):
+            measured.append((step, float(sp.measure()))) # to count takes a while too: a hundred times in a fit are enough
         self._last = s
 
     def _mean(self, s):
@@ -170,9 +174,9 @@ class SparsifyCallback(_ZerosCallback):
 
     def _warn_if_denser_is_reloaded(self):
         "`SaveModelCallback` ends a fit by loading the best epoch, which may have come before the pruning was done"
-        rec = self.learn.recorder
+        rec = self._record
         for cb in self.learn.cbs:
-            if not isinstance(cb, SaveModelCallback) or cb.every_epoch or not rec.values: continue
+            if not isinstance(cb, SaveModelCallback) or cb.every_epoch or not getattr(rec, 'values', None): continue
             names = list(rec.metric_names)[1:]
             values = [v[names.index(cb.monitor)] for v in rec.values if len(v) > names.index('sparsity')]
             best = [i for i,v in enumerate(values) if v == cb.best]

@@ -191,3 +191,19 @@ def test_more_zeros_than_asked_is_told(learner):
     with pytest.warns(UserWarning, match='already has .* zeros, more than'): fit(learn, cbs=SparsifyCallback(.5))
     assert float(measured_sparsity(learn.model)) == pytest.approx(.9, abs=.005)
 
+def test_without_a_recorder(learner):
+    learn = learner(); learn.remove_cb(Recorder)
+    cb = SparsifyCallback(.8)
+    with learn.no_bar(): learn.fit(2, cbs=cb)
+    assert float(measured_sparsity(learn.model)) == pytest.approx(.8, abs=.005) and cb.sparsity_measured[-1][1] == pytest.approx(.8, abs=.005)
+
+def test_the_norm_of_the_gradients_leaves_out_dead_filters_with_all_that_is_theirs(learner):
+    seen = []
+    class Look(Callback):
+        order = GradientClip.order-1
+        def before_step(self):
+            for conv,bn in ((self.model[0], self.model[1]), (self.model[3], self.model[4])):
+                dead = (conv.weight == 0).flatten(1).all(1)
+                if dead.any(): seen.extend([bn.weight.grad[dead].abs().max().item(), bn.bias.grad[dead].abs().max().item(), conv.weight.grad[dead].abs().max().item()])
+    fit(learner(), cbs=[SparsifyCallback(.5, 'filter'), Look(), GradientClip(1.)])
+    assert seen and max(seen) == 0
