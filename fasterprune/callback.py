@@ -22,7 +22,7 @@ from .sparsifier import Sparsifier, check_context, check_sparsity, tell
 # %% auto #0
 __all__ = ['SparsifyCallback', 'KeepSparsity']
 
-# %% ../nbs/04_callback.ipynb #0d44e2d1
+# %% ../nbs/04_callback.ipynb #4a2624b9
 class _ZerosCallback(Callback):
     "Keeps the zeros of a `Sparsifier` during a fit; what `SparsifyCallback` and `KeepSparsity` have in common."
     order,run_valid = Recorder.order+1,False
@@ -102,87 +102,102 @@ class SparsifyCallback(_ZerosCallback):
 
     def _top(self): return max(self.target.values()) if isinstance(self.target, dict) else self.target
 
-    def scheduled(self,
-        pos:float, # Fraction of the pruning phase done, in [0, 1]
-    ) -> float|dict: # Sparsity, or a dict from layer name to sparsity
-        "What the schedule asks for at `pos`."
-        def at(end):
-            s = float(self.schedule(0., end, pos))
-            return end if math.isclose(s, end, rel_tol=1e-9) else min(max(s, 0.), math.nextafter(1., 0.))
-        return {k: at(v) for k,v in self.target.items()} if isinstance(self.target, dict) else at(self.target)
+# %% ../nbs/04_callback.ipynb #40b491cc
+@patch
+def scheduled(self:SparsifyCallback,
+    pos:float, # Fraction of the pruning phase done, in [0, 1]
+) -> float|dict: # Sparsity, or a dict from layer name to sparsity
+    "What the schedule asks for at `pos`."
+    def at(end):
+        s = float(self.schedule(0., end, pos))
+        return end if math.isclose(s, end, rel_tol=1e-9) else min(max(s, 0.), math.nextafter(1., 0.))
+    return {k: at(v) for k,v in self.target.items()} if isinstance(self.target, dict) else at(self.target)
 
-    def _begin(self, model):
-        "First batch of a fit: see that everything fits together before anything is changed"
-        sp = Sparsifier(model, **self.how, sample=self.learn.xb)
-        trainable = self._trainable(sp)
-        if frozen := [l.name for l in sp.layers if l not in trainable]:
-            tell(f"{len(frozen)} of {len(sp.layers)} layers to prune are frozen ({', '.join(frozen[:3])}{', …' if len(frozen)>3 else ''}); they are not pruned while they are")
-        if trainable:
-            end = self.learn.n_epoch if self.end_epoch is None else self.end_epoch
-            if not self.start_epoch < end <= self.learn.n_epoch:
-                raise ValueError(f"pruning from start_epoch={self.start_epoch} to end_epoch={self.end_epoch} does not fit into a training of {self.learn.n_epoch} epochs")
-            for ls,k in sp.budget(self.scheduled(1.), trainable):
-                n,dead = sum(l.n for l in ls), sum(l.n_dead for l in ls)
-                if dead > k and not sp.regrow: sp._tell(ls, f"already {'has' if len(ls)==1 else 'have'} {dead/n:.2%} zeros, more than the {k/n:.2%} asked for: pruned stays pruned (regrow=True lets weights grow back)")
-        self.sparsifier,self._last = sp,None
+@patch
+def _mean(self:SparsifyCallback, s):
+    "The sparsity in all of the layers together"
+    if not isinstance(s, dict): return s
+    n = {l.name: l.n for l in self.sparsifier.layers}
+    return sum(s[k]*n[k] for k in s) / sum(n[k] for k in s)
 
-    def _trainable(self, sp): return [l for l in sp.layers if l.module.weight.requires_grad]
-
-    def _pos(self):
-        "Fraction of the pruning phase done; negative before it"
+# %% ../nbs/04_callback.ipynb #302f2dc4
+@patch
+def _begin(self:SparsifyCallback, model):
+    "First batch of a fit: see that everything fits together before anything is changed"
+    sp = Sparsifier(model, **self.how, sample=self.learn.xb)
+    trainable = self._trainable(sp)
+    if frozen := [l.name for l in sp.layers if l not in trainable]:
+        tell(f"{len(frozen)} of {len(sp.layers)} layers to prune are frozen ({', '.join(frozen[:3])}{', …' if len(frozen)>3 else ''}); they are not pruned while they are")
+    if trainable:
         end = self.learn.n_epoch if self.end_epoch is None else self.end_epoch
-        pos = (self.learn.pct_train*self.learn.n_epoch - self.start_epoch) / (end-self.start_epoch)
-        return 0. if abs(pos) < 1e-9 else min(pos, 1.)
+        if not self.start_epoch < end <= self.learn.n_epoch:
+            raise ValueError(f"pruning from start_epoch={self.start_epoch} to end_epoch={self.end_epoch} does not fit into a training of {self.learn.n_epoch} epochs")
+        for ls,k in sp.budget(self.scheduled(1.), trainable):
+            n,dead = sum(l.n for l in ls), sum(l.n_dead for l in ls)
+            if dead > k and not sp.regrow: sp._tell(ls, f"already {'has' if len(ls)==1 else 'have'} {dead/n:.2%} zeros, more than the {k/n:.2%} asked for: pruned stays pruned (regrow=True lets weights grow back)")
+    self.sparsifier,self._last = sp,None
 
-    def _prune(self, pos=None):
-        pos = self._pos() if pos is None else pos
-        s = self.scheduled(pos) if pos >= 0 else None
-        step = self.learn.train_iter
-        self._record.sparsity_scheduled.append((step, 0. if s is None else self._mean(s)))
-        if s is None or not (pos == 1 or self.learn.iter == 0 or self._due(s)): return
-        sp = self.sparsifier
-        layers = self._trainable(sp)
-        if not layers or 'grad' in sp.wants and not any('grad' in l.state for l in layers): return
-        measured = self._record.sparsity_measured
-        if sp.update(s, self.learn.xb, layers) and (not measured or step - measured[-1][0] >= self.learn.n_iter*self.learn.n_epoch/100):
-            measured.append((step, float(sp.measure()))) # to count takes a while too: a hundred times in a fit are enough
-        self._last = s
+@patch
+def _trainable(self:SparsifyCallback, sp): return [l for l in sp.layers if l.module.weight.requires_grad]
 
-    def _mean(self, s):
-        "The sparsity in all of the layers together"
-        if not isinstance(s, dict): return s
-        n = {l.name: l.n for l in self.sparsifier.layers}
-        return sum(s[k]*n[k] for k in s) / sum(n[k] for k in s)
+# %% ../nbs/04_callback.ipynb #0f1a75f7
+@patch
+def _pos(self:SparsifyCallback):
+    "Fraction of the pruning phase done; negative before it"
+    end = self.learn.n_epoch if self.end_epoch is None else self.end_epoch
+    pos = (self.learn.pct_train*self.learn.n_epoch - self.start_epoch) / (end-self.start_epoch)
+    return 0. if abs(pos) < 1e-9 else min(pos, 1.)
 
-    def _due(self, s):
-        if self._last is None: return True
-        s,last = (max(d.values()) if isinstance(d, dict) else d for d in (s, self._last))
-        return abs(s-last) >= self.resolution*(1-last) and s != last
+@patch
+def _prune(self:SparsifyCallback, pos=None):
+    pos = self._pos() if pos is None else pos
+    s = self.scheduled(pos) if pos >= 0 else None
+    step = self.learn.train_iter
+    self._record.sparsity_scheduled.append((step, 0. if s is None else self._mean(s)))
+    if s is None or not (pos == 1 or self.learn.iter == 0 or self._due(s)): return
+    sp = self.sparsifier
+    layers = self._trainable(sp)
+    if not layers or 'grad' in sp.wants and not any('grad' in l.state for l in layers): return
+    measured = self._record.sparsity_measured
+    if sp.update(s, self.learn.xb, layers) and (not measured or step - measured[-1][0] >= self.learn.n_iter*self.learn.n_epoch/100):
+        measured.append((step, float(sp.measure()))) # to count takes a while too: a hundred times in a fit are enough
+    self._last = s
 
-    def after_train(self):
-        if self.sparsifier is not None and self.learn.epoch == self.learn.n_epoch-1: self._prune(1.)
+@patch
+def _due(self:SparsifyCallback, s):
+    if self._last is None: return True
+    s,last = (max(d.values()) if isinstance(d, dict) else d for d in (s, self._last))
+    return abs(s-last) >= self.resolution*(1-last) and s != last
 
-    def after_cancel_fit(self):
-        if self.sparsifier is None or not self._trainable(self.sparsifier): return
-        now,end = float(self.sparsifier.measure()), self._mean(self.scheduled(1.))
-        if self._last is None or self._mean(self._last) < end-1e-9: tell(
-            f"the training was stopped early, at a sparsity of {now:.2%} instead of {end:.2%}; to prune the rest now: Sparsifier(learn.model, …).sparsify({self.target})")
+# %% ../nbs/04_callback.ipynb #1a9badda
+@patch
+def after_train(self:SparsifyCallback):
+    if self.sparsifier is not None and self.learn.epoch == self.learn.n_epoch-1: self._prune(1.)
 
-    def after_fit(self):
-        if self.sparsifier is not None: self._warn_if_denser_is_reloaded()
-        super().after_fit()
+@patch
+def after_cancel_fit(self:SparsifyCallback):
+    if self.sparsifier is None or not self._trainable(self.sparsifier): return
+    now,end = float(self.sparsifier.measure()), self._mean(self.scheduled(1.))
+    if self._last is None or self._mean(self._last) < end-1e-9: tell(
+        f"the training was stopped early, at a sparsity of {now:.2%} instead of {end:.2%}; to prune the rest now: Sparsifier(learn.model, …).sparsify({self.target})")
 
-    def _warn_if_denser_is_reloaded(self):
-        "`SaveModelCallback` ends a fit by loading the best epoch, which may have come before the pruning was done"
-        rec = self._record
-        for cb in self.learn.cbs:
-            if not isinstance(cb, SaveModelCallback) or cb.every_epoch or not getattr(rec, 'values', None): continue
-            names = list(rec.metric_names)[1:]
-            values = [v[names.index(cb.monitor)] for v in rec.values if len(v) > names.index('sparsity')]
-            best = [i for i,v in enumerate(values) if v == cb.best]
-            if best and (there := rec.values[best[-1]][names.index('sparsity')]) < self._measured - 1e-9: tell(
-                f"SaveModelCallback loads the best epoch, whose sparsity is {there:.2%}, not the {self._measured:.2%} reached at the end; "
-                "monitor only sparse epochs, or save the last one (SaveModelCallback(every_epoch=True))")
+@patch
+def after_fit(self:SparsifyCallback):
+    if self.sparsifier is not None: self._warn_if_denser_is_reloaded()
+    _ZerosCallback.after_fit(self)
+
+@patch
+def _warn_if_denser_is_reloaded(self:SparsifyCallback):
+    "`SaveModelCallback` ends a fit by loading the best epoch, which may have come before the pruning was done"
+    rec = self._record
+    for cb in self.learn.cbs:
+        if not isinstance(cb, SaveModelCallback) or cb.every_epoch or not getattr(rec, 'values', None): continue
+        names = list(rec.metric_names)[1:]
+        values = [v[names.index(cb.monitor)] for v in rec.values if len(v) > names.index('sparsity')]
+        best = [i for i,v in enumerate(values) if v == cb.best]
+        if best and (there := rec.values[best[-1]][names.index('sparsity')]) < self._measured - 1e-9: tell(
+            f"SaveModelCallback loads the best epoch, whose sparsity is {there:.2%}, not the {self._measured:.2%} reached at the end; "
+            "monitor only sparse epochs, or save the last one (SaveModelCallback(every_epoch=True))")
 
 # %% ../nbs/04_callback.ipynb #36b4610d
 @patch

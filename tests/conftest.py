@@ -1,7 +1,7 @@
 "Small fakes: networks and Learners on made data, no downloads."
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-import pytest, torch
+import fastai.callback.schedule, pytest, torch
 from torch import nn
 from torch.utils.data import TensorDataset
 from fastai.basics import DataLoaders, Learner, CrossEntropyLossFlat, accuracy, set_seed

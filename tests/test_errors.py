@@ -29,7 +29,7 @@ def nan_net():
 
 at_the_start = [
     (dict(layers=nn.Conv3d), {}, "no layer to prune"), (dict(layers='body'), {}, "names 'body', which is not in the model"), (dict(exclude=['body']), {}, "exclude names 'body'"),
-    (dict(layers=nn.Embedding), {}, "layers that can be pruned are"), (dict(layers=3), {}, "give a module type"),
+    (dict(layers=nn.Embedding), {}, "layers that can be pruned are"), (dict(layers=3), {}, "give a module type"), (dict(layers=[]), {}, "give a module type"), (dict(layers=lambda name, m: False), {}, "no layer to prune"),
     (dict(sparsity={'nope': .5}), {}, "its prunable layers are 0, 3, 6, 10"), (dict(sparsity={'1': .5}), {}, "no layer to prune"), (dict(sparsity={'0': .5}, context='global'), {}, "context='local'"),
     (dict(), dict(model=nan_net), "layer 3 has weights that are not finite"), (dict(granularity='kernel', layers=(nn.Conv2d, nn.Linear)), {}, "unknown for Linear"),
     (dict(start_epoch=2), {}, "does not fit into a training of 2 epochs"), (dict(end_epoch=3), {}, "does not fit into a training of 2 epochs"),
@@ -79,3 +79,23 @@ def test_meta_and_lazy_and_complex():
     with pytest.raises(ValueError, match='has no values yet'): Sparsifier(nn.Sequential(nn.Conv2d(1, 1, 1, device='meta')))
     with pytest.raises(ValueError, match='has no values yet'): Sparsifier(nn.Sequential(nn.LazyConv2d(1, 1)))
     with pytest.raises(ValueError, match='only real floating point'): Sparsifier(nn.Sequential(nn.Conv2d(1, 1, 1, dtype=torch.complex64)))
+
+@pytest.mark.bad_input
+def test_an_all_zero_layer_is_not_taken_as_pruned_and_its_neighbours_are_exact():
+    m = conv_net(); nn.init.zeros_(m[3].weight)
+    r = Sparsifier(m).sparsify(.5)
+    assert [x[3] for x in r.rows] == [144, 576, 128] and r.layers['3'] == 1.
+
+@pytest.mark.bad_input
+def test_a_criterion_that_fails_in_the_middle_of_a_training_loses_nothing(learner):
+    calls = []
+    def flaky(weight):
+        calls.append(1)
+        if len(calls) > 30: raise RuntimeError('no more')
+        return weight.abs()
+    learn = learner()
+    keys = list(learn.model.state_dict())
+    with pytest.raises(RuntimeError, match='no more'): fit(learn, cbs=SparsifyCallback(.9, criteria=flaky))
+    assert list(learn.model.state_dict()) == keys
+    fit(learn, cbs=SparsifyCallback(.9))
+    assert float(measured_sparsity(learn.model)) == pytest.approx(.9, abs=.005)

@@ -4,7 +4,6 @@ import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
-import fastai.callback.schedule
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, set_seed
 from fasterprune.all import *
 
