@@ -155,7 +155,7 @@ def part_run(args):
     ours = dict(only=['dense', 'fasterprune local', 'fasterprune global'])
     t,_ = race('resnet18', sched_onecycle, pcts, .01, args, warm=0, **ours)
     total = {f'{n}, default': sum(v)/sum(t['dense']) for n,v in t.items() if n != 'dense'}
-    n = max(50, args.run_steps//5)
+    n = max(50, args.run_steps//10)
     every,_ = race('resnet18', sched_onecycle, np.arange(n)/n, 0., args, warm=0, only=['dense', 'fasterprune local', 'fasterprune global', 'fasterai 0.4.1 local', 'fasterai 0.4.1 global'])
     total |= {f'{k}, every batch': sum(v)/sum(every['dense']) for k,v in every.items() if k != 'dense'}
     return dict(ratio_of_total_time={k: round(v, 3) for k,v in total.items()}, steps=args.run_steps, steps_every_batch=n)

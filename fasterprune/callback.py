@@ -140,7 +140,7 @@ def _begin(self:SparsifyCallback, model):
 @patch
 def _trainable(self:SparsifyCallback, sp): return [l for l in sp.layers if l.module.weight.requires_grad]
 
-# %% ../nbs/04_callback.ipynb #0f1a75f7
+# %% ../nbs/04_callback.ipynb #418efc8b
 @patch
 def _pos(self:SparsifyCallback):
     "Fraction of the pruning phase done; negative before it"
@@ -150,14 +150,13 @@ def _pos(self:SparsifyCallback):
 
 @patch
 def _prune(self:SparsifyCallback, pos=None):
-    pos = self._pos() if pos is None else pos
-    s = self.scheduled(pos) if pos >= 0 else None
-    step = self.learn.train_iter
+    sp,step = self.sparsifier,self.learn.train_iter
+    layers = self._trainable(sp)
+    if layers and pos is None: pos = self._pos()
+    s = self.scheduled(pos) if layers and pos >= 0 else None
     self._record.sparsity_scheduled.append((step, 0. if s is None else self._mean(s)))
     if s is None or not (pos == 1 or self.learn.iter == 0 or self._due(s)): return
-    sp = self.sparsifier
-    layers = self._trainable(sp)
-    if not layers or 'grad' in sp.wants and not any('grad' in l.state for l in layers): return
+    if 'grad' in sp.wants and not any('grad' in l.state for l in layers): return # after the first backward pass
     measured = self._record.sparsity_measured
     if sp.update(s, self.learn.xb, layers) and (not measured or step - measured[-1][0] >= self.learn.n_iter*self.learn.n_epoch/100):
         measured.append((step, float(sp.measure()))) # to count takes a while too: a hundred times in a fit are enough

@@ -388,7 +388,7 @@ def write_report(
             fig.savefig(Path(out)/f'{name}.png', dpi=120, bbox_inches='tight', facecolor='white')
     return table
 
-# %% ../nbs/09_experiments.ipynb #58ca50d0
+# %% ../nbs/09_experiments.ipynb #5c032d29
 def compare(
     out:Path, # Folder for results.jsonl, table.md and the pictures
     schedule_names:list, # Names in `schedules`
@@ -456,6 +456,7 @@ def fasterprune_compare(
     try:
         config = dict(data=data, path=path, arch=arch, granularity=granularity, context=context, exclude=exclude, epochs=epochs, lr=lr, bs=bs, size=size)
         wanted,targets = _list(schedules, 'schedules'), _list(sparsities, 'sparsities', float)
+        if data == 'digits': torch.set_num_threads(1) # such small images are not worth sharing out among threads
         say = lambda s: print(f"\r{s}" if sys.stderr.isatty() else s, flush=True)
         rows = compare(out, wanted, targets, seeds, device, say, **config)
     except KeyboardInterrupt:

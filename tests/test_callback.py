@@ -207,3 +207,34 @@ def test_the_norm_of_the_gradients_leaves_out_dead_filters_with_all_that_is_thei
                 if dead.any(): seen.extend([bn.weight.grad[dead].abs().max().item(), bn.bias.grad[dead].abs().max().item(), conv.weight.grad[dead].abs().max().item()])
     fit(learner(), cbs=[SparsifyCallback(.5, 'filter'), Look(), GradientClip(1.)])
     assert seen and max(seen) == 0
+def test_it_prunes_before_the_forward_pass_and_exactly_before_the_last_validation(learner):
+    seen = {}
+    class See(Callback):
+        order = 80
+        def after_pred(self):
+            if self.training: seen.setdefault('first forward', float(measured_sparsity(self.model)))
+            elif self.epoch == 1: seen.setdefault('last validation', measured_sparsity(self.model).zeros)
+        def before_step(self): seen['pct'] = self.pct_train
+    learn = learner()
+    fit(learn, cbs=[SparsifyCallback(.8, schedule=sched_oneshot), See()])
+    assert seen['first forward'] == pytest.approx(.8, abs=.005)
+    learn = learner(); seen.clear()
+    fit(learn, cbs=[SparsifyCallback(.8, schedule=sched_agp, end_epoch=None), See()])
+    assert seen['first forward'] == 0 and seen['pct'] < 1 # the schedule ends after the last step, and yet
+    assert seen['last validation'] == measured_sparsity(learn.model).zeros == sum(round(.8*r[2]) for r in measured_sparsity(learn.model).rows)
+
+def test_what_is_kept_is_one_byte_a_weight_at_most():
+    for criteria,copies in ((magnitude, 0), (random_score, 0), (wanda, 0), (movement, 1), (updating_movement, 1), (taylor, 1)):
+        m = conv_net()
+        m(torch.randn(2, 4, 6, 6)).sum().backward()
+        sp = Sparsifier(m, criteria=criteria, sample=torch.randn(2, 4, 6, 6)); sp.record_grad(); sp.update(.5, torch.randn(2, 4, 6, 6))
+        for l in sp.layers:
+            assert l.keep.nbytes == l.weight.numel()
+            assert sum(t.nbytes for t in l.state.values()) == copies*l.weight.nbytes
+    for name in ('kernel', 'filter'):
+        sp = Sparsifier(conv_net(), name); sp.update(.5)
+        assert all(l.keep.nbytes == l.n for l in sp.layers) # one byte a block
+def test_fine_tune_with_a_later_start(learner):
+    learn = learner(splitter=lambda m: [params(m[:8]), params(m[8:])])
+    with pytest.warns(UserWarning, match='are frozen'): fit(learn, 3, how='fine_tune', cbs=SparsifyCallback(.9, start_epoch=1)) # one frozen epoch: no room, and no need, for the schedule
+    assert float(measured_sparsity(learn.model)) == pytest.approx(.9, abs=.005)
