@@ -133,3 +133,23 @@ def test_images_in_memory_are_augmented_only_for_training():
     assert (dls.valid.batch(i)[0] == dls.valid.batch(i)[0]).all()
     assert sum(len(y) for _,y in dls.valid) == len(dls.valid.x)
     assert abs(dls.valid.batch(i)[0].mean()) < .2
+
+def test_cifar_as_the_png_folders_that_fastai_downloads(tmp_path):
+    from PIL import Image
+    import numpy as np
+    for split,n in (('train', 4), ('test', 2)):
+        for c in ('airplane', 'bird', 'cat'):
+            (tmp_path/split/c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(np.full((32, 32, 3), 40*i, dtype=np.uint8)).save(tmp_path/split/c/f'{i}.png')
+    dls = load_data('cifar10', tmp_path, bs=4)
+    assert (len(dls.train.x), len(dls.valid.x), dls.c, dls.train.x.shape[1:]) == (12, 6, 3, (3, 32, 32))
+    assert sorted(dls.valid.y.tolist()) == [0, 0, 1, 1, 2, 2]
+
+def test_a_folder_without_a_split_is_split_the_same_way_each_time(tmp_path):
+    from PIL import Image
+    import numpy as np
+    for c in ('a', 'b'):
+        (tmp_path/c).mkdir()
+        for i in range(10): Image.fromarray(np.random.default_rng(i).integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(tmp_path/c/f'{i}.jpg')
+    one,two = (load_data('folder', tmp_path, size=16, bs=4) for _ in range(2))
+    assert (one.valid.x == two.valid.x).all() and len(one.valid.x) == 4 and one.train.x.shape[1:] == (3, 16, 16)
