@@ -6,9 +6,8 @@
 Every comparison is interleaved: in each round each contestant makes one step on the same batch, in random order, and is
 compared with the dense step of that round. Reported are the median of these ratios and their quartiles. Writes OUT.json and OUT.md.
 """
-import argparse, copy, json, platform, random, resource, subprocess, sys, time, warnings
+import argparse, copy, json, platform, random, subprocess, sys, time, warnings
 from datetime import date
-from functools import partial
 from pathlib import Path
 warnings.filterwarnings('ignore')
 import numpy as np, torch, torchvision, torch.nn.utils.prune as tp
@@ -118,7 +117,6 @@ def state_bytes(d):
     "Bytes that pruning keeps per weight in scope: buffers and parametrisations on the model, masks and copies in a sparsifier"
     model = d.learn.model
     n = sum(m.weight.numel() for m in convs(model))
-    plain = sum(p.numel()*p.element_size() for p in model.parameters())
     bn = sum(b.numel()*b.element_size() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for b in m.buffers())
     extra = sum(b.numel()*b.element_size() for b in model.buffers()) - bn
     extra += sum(m.weight.numel()*m.weight.element_size() for m in convs(model) if hasattr(m, 'weight_orig')) # the masked copy

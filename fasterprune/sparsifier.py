@@ -179,7 +179,7 @@ def _short(names, n=12):
     names = list(names)
     return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names) > n else '') if names else 'none'
 
-# %% ../nbs/03_sparsifier.ipynb #a1135930
+# %% ../nbs/03_sparsifier.ipynb #02e79313
 def _as_inputs(sample):
     if sample is None: raise ValueError("the criterion looks at the layers' inputs: pass sample=, a batch of inputs for the model")
     return sample if isinstance(sample, tuple) else (sample,)
@@ -192,7 +192,8 @@ def _watch(model, sample, modules, hook):
     try:
         for m in modules: handles.append(m.register_forward_hook(hook))
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices): model(*sample)
+        kind = next(model.parameters()).device.type # without autocast, whose cache would hand these weights on to the next forward pass
+        with torch.no_grad(), torch.random.fork_rng(devices), torch.autocast(kind, enabled=False): model(*sample)
     finally:
         for h in handles: h.remove()
         for m,t in modes: m.training = t

@@ -238,3 +238,18 @@ def test_fine_tune_with_a_later_start(learner):
     learn = learner(splitter=lambda m: [params(m[:8]), params(m[8:])])
     with pytest.warns(UserWarning, match='are frozen'): fit(learn, 3, how='fine_tune', cbs=SparsifyCallback(.9, start_epoch=1)) # one frozen epoch: no room, and no need, for the schedule
     assert float(measured_sparsity(learn.model)) == pytest.approx(.9, abs=.005)
+
+@pytest.mark.parametrize('how', [('weight', wanda), ('filter', magnitude)])
+def test_looking_at_a_sample_inside_autocast_leaves_nothing_in_its_cache(learner, how):
+    "autocast keeps casts of the weights: made without gradients or before the pruning, they would be used in the forward pass that follows"
+    from test_lifecycle import CpuBf16
+    seen = []
+    class See(Callback):
+        order = 80
+        def after_pred(self):
+            if not self.training or seen: return
+            torch.clear_autocast_cache()
+            with torch.no_grad(), torch.autocast('cpu', dtype=torch.bfloat16): seen.append((self.pred - self.model(*self.xb)).abs().max().item())
+        def before_step(self): assert all(p.grad is not None for p in self.model.parameters())
+    fit(learner(), 1, cbs=[CpuBf16(), SparsifyCallback(.8, how[0], 'local', how[1], sched_oneshot), See()])
+    assert seen[0] == 0 # the forward pass saw the pruned weights

@@ -3,7 +3,7 @@ import pytest, torch
 from torch import nn
 from fastai.callback.core import Callback
 from fasterprune.all import *
-from conftest import conv_net, fit, same, state
+from conftest import conv_net, fit, state
 
 nan = float('nan')
 at_construction = [

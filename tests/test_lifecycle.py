@@ -5,8 +5,7 @@ import itertools, os, warnings
 from contextlib import nullcontext
 from functools import partial
 import pytest, torch
-from torch import nn
-from fastai.basics import Callback, Recorder, params, set_seed
+from fastai.basics import Callback, params
 from fastai.callback.all import CSVLogger, CutMix, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision

@@ -3,7 +3,7 @@ import os, warnings
 import pytest, torch, torchvision
 from torch import nn
 from fasterprune.all import *
-from conftest import fit, make_learner
+from conftest import fit
 
 slow = pytest.mark.skipif(not os.environ.get('FASTERPRUNE_FULL'), reason='slow: FASTERPRUNE_FULL=1 runs it')
 make = lambda name, **kw: lambda: torchvision.models.get_model(name, weights=None, num_classes=5, **kw)

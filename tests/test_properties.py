@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fasterprune.all import *
-from fasterprune.sparsifier import Scores, kth_smallest, select_blocks, select_blocks_sorted
+from fasterprune.sparsifier import Scores, kth_smallest
 
 common = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 settings.register_profile('fasterprune', max_examples=150, **common); settings.load_profile('fasterprune')

@@ -1,7 +1,6 @@
 "Killed at any moment and resumed from the last checkpoint: the same masks and weights as if nothing had happened."
 import multiprocessing, os, random, signal, time
 import pytest, torch
-from torch import nn
 from fastai.basics import Callback, set_seed
 from fastai.callback.all import SaveModelCallback
 from fasterprune.all import *
