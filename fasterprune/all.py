@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/10_all.ipynb #3e7f2a2d
+# %% ../nbs/10_all.ipynb #b8cb357a
 from .schedules import *
 from .criteria import *
 from .granularity import *
 from .sparsifier import *
 from .callback import *
 from .storage import *
+from .channels import *
+from .shrink import *
 
 __all__ = [n for n in dir() if not n.startswith('_')] # all that came in by the stars above
