@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/10_all.ipynb #b8cb357a
+# %% ../nbs/10_all.ipynb #6da8f7f7
 from .schedules import *
 from .criteria import *
 from .granularity import *
@@ -14,5 +14,6 @@ from .callback import *
 from .storage import *
 from .channels import *
 from .shrink import *
+from .learner import *
 
 __all__ = [n for n in dir() if not n.startswith('_')] # all that came in by the stars above

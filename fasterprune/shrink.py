@@ -12,13 +12,15 @@ from .channels import ChannelGraph, as_inputs, untouched
 # %% auto #0
 __all__ = ['heard_channels', 'silent_channels', 'cut_channels', 'shrink']
 
-# %% ../nbs/07_shrink.ipynb #d7598a80
+# %% ../nbs/07_shrink.ipynb #297aeb4f
 _layers = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase)
 
 def _channel_dim(m, x): return x.ndim-1 if isinstance(m, nn.Linear) else 1
 
 def _heard(m, x): # which channels of `x` are anywhere other than zero
     return (x != 0).transpose(0, _channel_dim(m, x)).flatten(1).any(1)
+
+def _noise(draw, inputs, shift=0.): return tuple(draw(x)+shift if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 def heard_channels(
     model:nn.Module, # The network
@@ -32,13 +34,12 @@ def heard_channels(
     def speak(m, inp, out):
         alive = _heard(m, out).view([-1 if d == _channel_dim(m, out) else 1 for d in range(out.ndim)])
         return torch.where(alive, torch.rand_like(out)+.5, torch.zeros_like(out))
-    noise = tuple(torch.rand_like(x)+.5 if isinstance(x, Tensor) and x.is_floating_point() else x for x in as_inputs(sample, model))
     try:
         for m in model.modules():
             if not isinstance(m, _layers): continue
             if not isinstance(m, nn.modules.batchnorm._NormBase): handles.append(m.register_forward_pre_hook(listen))
             handles.append(m.register_forward_hook(speak))
-        with untouched(model), torch.no_grad(): model(*noise)
+        with untouched(model), torch.no_grad(): model(*_noise(torch.rand_like, as_inputs(sample, model), .5))
     finally:
         for h in handles: h.remove()
     return heard
@@ -80,7 +81,7 @@ def _cut(model, sample, round_to, only=None):
         if isinstance(t, nn.Parameter): t.requires_grad_(n not in frozen)
     return small,kept,{graph.names[m]: c for m,c in plan.items()}
 
-# %% ../nbs/07_shrink.ipynb #9bdb046b
+# %% ../nbs/07_shrink.ipynb #7c00f4c6
 def _outputs(model, inputs):
     with untouched(model), torch.no_grad(): out = model(*inputs)
     flat = lambda o: [o] if isinstance(o, Tensor) else [t for x in (o.values() if isinstance(o, dict) else o) for t in flat(x)] if isinstance(o, (tuple, list, dict)) else []
@@ -88,7 +89,8 @@ def _outputs(model, inputs):
 
 def _differ(model, small, sample):
     inputs = as_inputs(sample, model)
-    for x in (inputs, tuple(torch.randn_like(i) if isinstance(i, Tensor) and i.is_floating_point() else i for i in inputs)):
+    with untouched(model): noise = _noise(torch.randn_like, inputs)
+    for x in (inputs, noise):
         try: pairs = list(zip(_outputs(model, x), _outputs(small, x), strict=True))
         except (RuntimeError, ValueError, TypeError): return True
         for a,b in pairs:
