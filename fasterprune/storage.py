@@ -42,12 +42,14 @@ def unpack_gaps(
     here = packed != 255
     return (np.cumsum(packed, dtype=np.int64) + np.cumsum(here) - 1)[here]
 
-# %% ../nbs/06_storage.ipynb #b1f6c56c
+# %% ../nbs/06_storage.ipynb #7c749c82
 def _planes(words): # (n,) of `size`-byte unsigned integers → (size, n) bytes
     return np.ascontiguousarray(words.view(np.uint8).reshape(len(words), words.itemsize).T)
 
 def _words(planes): # and back
-    return np.ascontiguousarray(planes.T).reshape(-1).view(f'<u{len(planes)}')
+    words = np.empty(planes.shape[::-1], np.uint8)
+    for i,p in enumerate(planes): words[:, i] = p
+    return words.reshape(-1).view(f'<u{len(planes)}')
 
 def _bytes(t): # as_strided, because a tensor of one element may call itself contiguous with any stride
     t = t.detach().cpu().resolve_conj().resolve_neg().contiguous()
@@ -55,7 +57,7 @@ def _bytes(t): # as_strided, because a tensor of one element may call itself con
 
 def _word_size(dtype): return dtype.itemsize // (2 if dtype.is_complex else 1)
 
-# %% ../nbs/06_storage.ipynb #24671933
+# %% ../nbs/06_storage.ipynb #4c228654
 def pack_tensor(
     t:Tensor, # Any dense tensor, of any type, on any device
 ) -> dict: # Arrays of bytes: 'values', and 'gaps' or 'bits' if zeros are left out, and 'signs' if some zeros are negative
@@ -66,8 +68,7 @@ def pack_tensor(
     n,sign = len(words),words.dtype.type(1 << (8*size-1))
     alive = (words & ~sign) != 0
     at = np.flatnonzero(alive)
-    zeros = words[~alive] if len(at) < n else words[:0]
-    signs = {'signs': np.packbits(zeros != 0)} if zeros.any() else {}
+    signs = {'signs': np.packbits(words[~alive] != 0)} if (words == sign).any() else {}
     where = {'gaps': pack_gaps(at)} if len(at)*8 < n else {'bits': np.packbits(alive)}
     parts = {'values': _planes(words[at]), **where, **signs}
     return parts if sum(p.nbytes for p in parts.values()) < raw.nbytes else {'values': _planes(words)}
