@@ -175,7 +175,7 @@ def accuracy(args):
     from fastai.basics import CrossEntropyLossFlat, Learner, accuracy, set_seed
     from fasterprune.all import SparsifyCallback
     from fasterprune.experiments import load_data, small_resnet
-    out = here/'accuracy.json'
+    out = here/f"accuracy{'' if args.path else '-digits'}.json"
     rows = json.loads(out.read_text())['rows'] if out.exists() else []
     for seed in range(args.seeds):
         for s,tied in [(0., False), (.5, True), (.5, False), (.3, True)]:
@@ -200,7 +200,7 @@ def _accuracy_table(rows, args):
         rs = [r for r in rows if (r['sparsity'], r['tied']) == (s, tied)]
         ms = lambda k: f"{100*np.mean([r[k] for r in rs]):.2f}" + (f" ± {100*np.std([r[k] for r in rs], ddof=1):.2f}" if len(rs) > 1 else '')
         lines.append(['dense' if not s else f"{s:.0%} of the filters, {'tied' if tied else 'each layer for itself'}", f"{np.mean([r['left'] for r in rs])/1e3:.1f}", ms('masked'), ms('shrunk'), str(len(rs))])
-    write('accuracy', rows, ['small residual network', 'thousand parameters', 'accuracy before the cut, %', 'after it, %', 'runs'], lines,
+    write(f"accuracy{'' if args.path else '-digits'}", rows, ['small residual network', 'thousand parameters', 'accuracy before the cut, %', 'after it, %', 'runs'], lines,
         f"{'CIFAR-10' if args.path else 'The digits'}, {args.epochs} epochs, accuracy after the last epoch on the test images, mean ± standard deviation over seeds (`benchmarks/small.py accuracy`)")
 
 if __name__ == '__main__':
