@@ -1,7 +1,7 @@
 """How often to re-select: does selecting the weights anew at every batch buy anything?
 
     OMP_NUM_THREADS=1 python benchmarks/resolution.py --path DIR_WITH_CIFAR10 --out benchmarks/results/resolution
-    OMP_NUM_THREADS=1 python benchmarks/resolution.py --data digits --epochs 20 --seeds 12 --out benchmarks/results/resolution-digits
+    OMP_NUM_THREADS=1 python benchmarks/resolution.py --data digits --epochs 20 --seeds 6 --out benchmarks/results/resolution-digits
 
 Trains the small residual network on CIFAR-10 photographs (a seeded part of them), or on the digits, with one-cycle pruning at several
 resolutions, from the same start and on the same batches, several seeds each; resumable. Writes OUT/results.jsonl and OUT/table.md."""
