@@ -22,7 +22,7 @@ from .sparsifier import Sparsifier, check_context, check_sparsity, check_tied, t
 # %% auto #0
 __all__ = ['SparsifyCallback', 'KeepSparsity']
 
-# %% ../nbs/04_callback.ipynb #a1dc2791
+# %% ../nbs/04_callback.ipynb #2e9b6051
 class _ZerosCallback(Callback):
     "Keeps the zeros of a `Sparsifier` during a fit; what `SparsifyCallback` and `KeepSparsity` have in common."
     order,run_valid = Recorder.order+1,False
@@ -88,7 +88,7 @@ class SparsifyCallback(_ZerosCallback):
         layers=nn.Conv2d, # A type or several, a name or several, or a function `(name, module) -> bool`
         exclude=(), # Names of layers or containers to leave dense
         regrow:bool=False, # May pruned weights compete, and grow, again?
-        resolution:float=0.01, # Select anew when the schedule asks for this fraction of the surviving weights; 0: at every batch
+        resolution:float=0.02, # Select anew when the schedule asks for this fraction of the surviving weights; 0: at every batch
         tied:bool=False, # Are filters that make the same channels, through a residual sum for instance, pruned as one?
     ):
         self.target = check_sparsity(sparsity)
