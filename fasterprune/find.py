@@ -26,26 +26,30 @@ from .sparsifier import Sparsifier, apportion, check_sparsity, _short
 # %% auto #0
 __all__ = ['ladder', 'untouched', 'within', 'knee', 'SparsityCurve', 'LayerSensitivity']
 
-# %% ../nbs/05a_find.ipynb #dff34b6f
-def _noted(o): return {k: copy.copy(v) if isinstance(v, (list, L)) else v for k,v in vars(o).items()}
+# %% ../nbs/05a_find.ipynb #bd28509e
+def _noted(o):
+    "A function that gives `o` back the attributes that it has now, and its lists what is in them"
+    attrs,lists = dict(vars(o)),[(v, list(v)) for v in vars(o).values() if isinstance(v, (list, L))]
+    def restore():
+        vars(o).clear(); vars(o).update(attrs)
+        for l,items in lists: l[:] = items
+    return restore
 
 @contextmanager
 def untouched(
     learn:Learner, # The Learner to look at
 ):
     "Whatever happens inside, the Learner, its callbacks, metrics and data loaders and all random states are afterwards as they were."
-    cbs,lists = list(learn.cbs),learn.cbs
-    objects = [learn, *cbs, *learn.metrics, *([r.loss, r.smooth_loss] if (r := getattr(learn, 'recorder', None)) else []), *learn.dls.loaders]
-    before = [(o, _noted(o)) for o in objects if hasattr(o, '__dict__')]
+    objects = [learn, *learn.cbs, *learn.metrics, *([r.loss, r.smooth_loss] if (r := getattr(learn, 'recorder', None)) else []), *learn.dls.loaders]
+    restore = [_noted(o) for o in objects if hasattr(o, '__dict__')]
     rng = random.getstate(),np.random.get_state(),torch.get_rng_state(),torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     loader_rngs = [(dl.rng, dl.rng.getstate()) for dl in learn.dls.loaders if hasattr(dl, 'rng')]
     autocast = torch.is_autocast_enabled('cuda')
     try:
-        learn.lr_finder = None
+        learn.lr_finder = learn.gather_preds = None
         yield
     finally:
-        for o,d in before: vars(o).clear(); vars(o).update(d)
-        lists[:] = cbs
+        for f in restore: f()
         random.setstate(rng[0]); np.random.set_state(rng[1]); torch.set_rng_state(rng[2])
         if rng[3]: torch.cuda.set_rng_state_all(rng[3])
         for r,s in loader_rngs: r.setstate(s)
@@ -120,7 +124,7 @@ def knee(
     x = np.array(sparsities)/sparsities[-1]
     return sparsities[int(((y-y[-1])/(y[0]-y[-1]) + x).argmax())]
 
-# %% ../nbs/05a_find.ipynb #383748b4
+# %% ../nbs/05a_find.ipynb #5cf9366c
 class SparsityCurve(_Table):
     "What `sparsity_find` measured on its ladder, with suggestions."
     left = 0
@@ -134,9 +138,11 @@ class SparsityCurve(_Table):
     ):
         self.rows,self.names,self.metric,self.bigger,self.n_rungs = rows,names,metric,bigger,n_rungs
         named = lambda f: getattr(f.func if isinstance(f, partial) else f, '__name__', type(f).__name__)
-        funcs = tuplify(suggest_funcs)
-        self.suggested = namedtuple('SuggestedSparsities', [named(f) for f in funcs], rename=True)(*(f(self.sparsities, self.metrics, self.losses, bigger) for f in funcs))
+        self.suggestions = {named(f): f(self.sparsities, self.metrics, self.losses, bigger) for f in tuplify(suggest_funcs)}
 
+    @property
+    def suggested(self) -> tuple: # Named tuple
+        return namedtuple('SuggestedSparsities', self.suggestions, rename=True)(*self.suggestions.values())
     @property
     def sparsities(self) -> list: return [r[0] for r in self.rows]
     @property
@@ -148,14 +154,15 @@ class SparsityCurve(_Table):
 
     def __iter__(self): return iter(self.suggested)
     def __getattr__(self, k):
-        if k in ('suggested', '__setstate__') or not hasattr(self.suggested, k): raise AttributeError(f"{type(self).__name__} has no {k!r}; suggestions are {', '.join(self.__dict__.get('suggested', namedtuple('_', [])())._fields) or 'none'}")
-        return getattr(self.suggested, k)
+        suggestions = self.__dict__.get('suggestions', {})
+        if k in suggestions: return suggestions[k]
+        raise AttributeError(f"{type(self).__name__} has no {k!r}; suggestions are {', '.join(suggestions) or 'none'}")
 
     def _table(self):
         yield 'sparsity asked', 'measured', *self.names
         for s,m,*values in self.rows: yield f'{s:g}', f'{m:.4f}', *(f'{v:.4f}' for v in values)
     def _notes(self):
-        yield f"{', '.join(f'{n}: {v:g}' for n,v in self.suggested._asdict().items()) or 'no suggestions'} (by {self.metric}; pruned at one stroke, without any training)"
+        yield f"{', '.join(f'{n}: {v:g}' for n,v in self.suggestions.items()) or 'no suggestions'} (by {self.metric}; pruned at one stroke, without any training)"
         if len(self.rows) < self.n_rungs: yield f"stopped after {len(self.rows)} of {self.n_rungs} rungs"
 
     def to_frame(self): # pandas DataFrame, a row per rung
@@ -175,7 +182,7 @@ class SparsityCurve(_Table):
             ax2.set_ylabel(self.names[0])
         lines += ax.plot(self.measured, self.metrics, '-', color='tab:blue', marker='.', label=self.metric)
         lines.append(ax.axhline(self.metrics[0], color='tab:blue', lw=.8, ls='--', label='without pruning'))
-        for i,(name,s) in enumerate(self.suggested._asdict().items()):
+        for i,(name,s) in enumerate(self.suggestions.items()):
             if s not in self.sparsities: continue
             j = self.sparsities.index(s)
             lines += ax.plot(self.measured[j], self.metrics[j], 'osD^v'[i % 5], color=f'C{i+1}', ms=9, label=f'{name}: {s:g}')
@@ -236,7 +243,7 @@ def _climb(learn, pruner, rungs, n_batches):
         if not rows: raise
     return rows
 
-# %% ../nbs/05a_find.ipynb #c6f980e7
+# %% ../nbs/05a_find.ipynb #acdc47fa
 class LayerSensitivity(_Table):
     "What each layer can bear on its own; ranked, the least sensitive first."
     left = 1
@@ -260,10 +267,10 @@ class LayerSensitivity(_Table):
 
     def _table(self):
         c = next(iter(self.curves.values()))
-        yield 'layer', 'blocks', 'mean rise of the loss', *c.suggested._fields, *(f'{c.metric} at {s:g}' for s in c.sparsities[-3:])
+        yield 'layer', 'blocks', 'mean rise of the loss', *c.suggestions, *(f'{c.metric} at {s:g}' for s in c.sparsities[-3:])
         for n,r in self.rise().items():
             c = self.curves[n]
-            yield n, f'{self.sizes[n]:,}', f'{r:.4f}', *(f'{s:g}' for s in c.suggested), *(f'{m:.4f}' for m in c.metrics[-3:])
+            yield n, f'{self.sizes[n]:,}', f'{r:.4f}', *(f'{s:g}' for s in c.suggestions.values()), *(f'{m:.4f}' for m in c.metrics[-3:])
     def _notes(self):
         yield 'one layer pruned at one stroke, the others as they are; the least sensitive first'
         if len(self.curves) < self.n_layers: yield f'stopped after {len(self.curves)} of {self.n_layers} layers'

@@ -80,7 +80,7 @@ def measure_latency(
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device)
     return Latency(times[warmup:], next((len(x) for x in sample if isinstance(x, Tensor) and x.ndim), 1), torch.get_num_threads(), name)
 
-# %% ../nbs/05_report.ipynb #fd2af041
+# %% ../nbs/05_report.ipynb #417f1591
 @dataclass
 class LayerReport:
     "What one layer is: a row of a `SparsityReport`."
@@ -102,8 +102,9 @@ class LayerReport:
 def _zeros(t): return t.numel() - int(t.count_nonzero())
 
 def _layer(name, module, in_scope, flops):
-    w = module.weight.detach()
+    w = module.weight
     if isinstance(w, nn.UninitializedParameter) or w.is_meta: raise ValueError(f"the weight of layer {name} has no values yet: run a batch through the model (or load it) first")
+    w = w.detach()
     dead = Granularity(module, 'filter').dead(weight_view(module)) if w.numel() else torch.empty(0)
     zeros = _zeros(w)
     return LayerReport(name, type(module).__name__, tuple(w.shape), in_scope, w.numel(), zeros, dead.numel(), int(dead.sum()), dense_bytes(w), sparse_bytes(w),

@@ -17,7 +17,7 @@ def trace(learn):
     d = lambda o: {k: copy.copy(v) for k,v in vars(o).items() if isinstance(v, (int, float, str, list, type(None)))}
     rng = random.getstate(),np.random.get_state()[1].tolist(),torch.get_rng_state().tolist(),[dl.rng.getstate() for dl in learn.dls.loaders]
     return state(learn),pickle.dumps(learn.opt.state_dict()) if learn.opt else None,[m.training for m in learn.model.modules()],[p.requires_grad for p in learn.model.parameters()], \
-           {k: id(v) for k,v in vars(learn).items()},[(cb, d(cb)) for cb in learn.cbs],[m.value for m in learn.metrics],learn.recorder.log if hasattr(learn.recorder, 'log') else None,rng
+           {k: id(v) for k,v in vars(learn).items()},[(cb, d(cb)) for cb in learn.cbs],[d(m) for m in learn.metrics],rng
 
 def unchanged(a, b): return same(a[0], b[0]) and a[1:] == b[1:]
 
@@ -34,21 +34,18 @@ def trained(learner):
 def test_nothing_changes(trained, kw):
     learn = trained()
     before = trace(learn)
-    with learn.no_bar(): pass
-    learn.cbs.sort(key=lambda cb: cb.order); before = trace(learn)
     learn.sparsity_find((.25, .5), show_plot=False, **kw)
     assert unchanged(before, trace(learn))
     learn.sparsity_report(latency=1)
     assert unchanged(before, trace(learn))
 
 class Boom(Callback):
-    "Raises at the n-th event of a kind"
+    "Raises at the n-th event of a kind; counts where nobody looks, for its own attributes are put back after each rung"
     order = 20
-    def __init__(self, event, n, ex): self.event,self.n,self.ex,self.seen = event,n,ex,[0]
+    def __init__(self, event, n, ex): self.event,self.n,self.ex = event,n,ex; Boom.seen = 0
     def _at(self, event):
-        if event != self.event: return
-        self.seen[0] += 1
-        if self.seen[0] == self.n: raise self.ex
+        Boom.seen += event == self.event
+        if event == self.event and Boom.seen == self.n: raise self.ex
     def before_validate(self): self._at('before_validate')
     def before_batch(self): self._at('before_batch')
     def after_pred(self): self._at('after_pred')
@@ -60,19 +57,15 @@ def test_ctrl_c_gives_what_was_measured(trained, event, n, rungs):
     learn = trained()
     learn.add_cb(Boom(event, n, KeyboardInterrupt)); before = trace(learn)
     found = learn.sparsity_find((.25, .5, .75), show_plot=False)
-    before[5][-1][1].pop('seen', None); after = trace(learn); after[5][-1][1].pop('seen', None)
-    for t in (before, after): [d.pop('seen', None) for _,d in t[5]]
-    assert len(found.rows) == rungs and f'stopped after {rungs} of 4 rungs' in repr(found) and unchanged(before, after)
-    assert found.within == found.sparsities[-1] or found.within in found.sparsities
+    assert len(found.rows) == rungs and f'stopped after {rungs} of 4 rungs' in repr(found) and found.within in found.sparsities
+    assert unchanged(before, trace(learn))
 
 @pytest.mark.fault
 def test_an_error_changes_nothing_either(trained):
     learn = trained()
     learn.add_cb(Boom('after_pred', 9, RuntimeError('boom'))); before = trace(learn)
     with pytest.raises(RuntimeError, match='boom'): learn.sparsity_find((.25, .5), show_plot=False)
-    after = trace(learn)
-    for t in (before, after): [d.pop('seen', None) for _,d in t[5]]
-    assert unchanged(before, after)
+    assert unchanged(before, trace(learn))
     learn.remove_cb(Boom); fit(learn, 1) # and the Learner works
     with pytest.raises(KeyboardInterrupt):
         with learn.added_cbs(Boom('before_validate', 1, KeyboardInterrupt)): learn.sparsity_find(show_plot=False) # nothing was measured yet
@@ -85,7 +78,7 @@ def test_the_rungs_are_what_pruning_by_hand_gives(trained):
         sp = Sparsifier(model, context='global')
         if s: sp.sparsify(s)
         by_hand = Learner(learn.dls, model, loss_func=learn.loss_func, metrics=accuracy)
-        with by_hand.no_bar(): assert by_hand.validate() == pytest.approx([loss, acc])
+        with by_hand.no_bar(): assert list(by_hand.validate()) == pytest.approx([loss, acc])
         assert m == float(sp.measure())
 
 def test_the_first_batches_only(trained):
@@ -220,6 +213,7 @@ def test_wandb_by_a_stand_in(trained, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', stand_in); monkeypatch.delitem(sys.modules, 'fastai.callback.wandb', raising=False)
     wandb = pytest.importorskip('fastai.callback.wandb')
     learn = trained()
+    monkeypatch.setattr(learn, 'gather_args', dict) # fastai 2.8.12 cannot format a data set of tensors
     fit(learn, 2, cbs=[SparsifyCallback(.8), wandb.WandbCallback(log=None, log_preds=False, log_model=False)])
     logged = [d['sparsity'] for d in sent if 'sparsity' in d]
     assert len(logged) == 2 and logged[-1] == pytest.approx(float(measured_sparsity(learn.model)))

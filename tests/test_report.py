@@ -98,7 +98,7 @@ def test_what_was_cut_and_what_changed_compare():
     assert '288 → 144' in repr(c) and 'FLOPs' not in repr(c)
     c = sparsity_report(nn.Sequential(big[0])).compare(sparsity_report(big))
     assert '– → 288' in repr(c) or '– → ' in repr(c)
-    assert list(c.to_frame().columns.levels[0]) == ['after', 'before']
+    assert list(c.to_frame().columns.levels[0]) == ['before', 'after']
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize('f,text', [
