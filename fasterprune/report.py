@@ -48,11 +48,14 @@ def count_flops(
     counts = {k.partition('.')[2]: sum(v.values()) for k,v in counter.get_flop_counts().items() if k != 'Global'}
     return counts | {'': counter.get_total_flops()}
 
-# %% ../nbs/05_report.ipynb #2c90c08a
+# %% ../nbs/05_report.ipynb #7e15b547
 @dataclass
 class Latency:
     "Seconds that a forward pass took: the times of all passes, and what they were measured with."
-    times:list; batch:int; threads:int; device:str
+    times:list # Seconds, one for each pass
+    batch:int # Items in the sample
+    threads:int # Of PyTorch
+    device:str # 'cpu', or the name of the GPU
     @property
     def median(self) -> float: return float(np.median(self.times))
     @property
