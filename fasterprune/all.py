@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/10_all.ipynb #6da8f7f7
+# %% ../nbs/10_all.ipynb #2da30c9c
 from .schedules import *
 from .criteria import *
 from .granularity import *
 from .sparsifier import *
 from .callback import *
-from .storage import *
 from .channels import *
+from .report import *
+from .find import *
+from .storage import *
 from .shrink import *
 from .learner import *
 

@@ -201,22 +201,25 @@ def _warn_if_denser_is_reloaded(self:SparsifyCallback):
             f"SaveModelCallback loads the best epoch, whose sparsity is {there:.2%}, not the {self._measured:.2%} reached at the end; "
             "monitor only sparse epochs, or save the last one (SaveModelCallback(every_epoch=True))")
 
-# %% ../nbs/04_callback.ipynb #36b4610d
+# %% ../nbs/04_callback.ipynb #cdfc9f1b
 @patch
 def plot_sparsity(self:Recorder,
     ax=None, # Matplotlib axes to draw on; new ones if None
 ): # The matplotlib axes
-    "Draw scheduled and measured sparsity over the training steps, beside the learning rate."
+    "Draw scheduled and measured sparsity over the training steps, beside the learning rate and the (smoothed) training loss."
     import matplotlib.pyplot as plt
     if not getattr(self, 'sparsity_scheduled', None): raise ValueError("no sparsity was recorded: fit with cbs=SparsifyCallback(…) first")
-    if ax is None: ax = plt.subplots(figsize=(7, 4))[1]
-    ax2 = ax.twinx()
-    lr, = ax2.plot(self.lrs, color='tab:gray', ls=':', label='learning rate')
-    ax2.set_ylabel('learning rate')
-    s, = ax.plot(*zip(*self.sparsity_scheduled), color='tab:blue', label='sparsity, scheduled')
-    m, = ax.plot(*zip(*self.sparsity_measured), color='tab:orange', ls='', marker='.', ms=4, label='sparsity, measured')
+    if ax is None: ax = plt.subplots(figsize=(8, 4), layout='constrained')[1]
+    steps = [self.sparsity_scheduled[0][0]+i for i in range(len(self.lrs))]
+    lines = ax.plot(*zip(*self.sparsity_scheduled), color='tab:blue', label='sparsity, scheduled')
+    if self.sparsity_measured: lines += ax.plot(*zip(*self.sparsity_measured), color='tab:orange', ls='', marker='.', ms=4, label='sparsity, measured')
+    for name,values,color,ls,shift in (('learning rate', self.lrs, 'tab:gray', ':', 0), ('training loss', [float(l) for l in self.losses], 'tab:green', '-', 60)):
+        twin = ax.twinx()
+        twin.spines['right'].set_position(('outward', shift))
+        twin.set_ylabel(name, color=color)
+        lines += twin.plot(steps, values, color=color, ls=ls, lw=1, label=name)
     ax.set(xlabel='training step', ylabel='sparsity', ylim=(-.02, 1), title='Sparsity over the training')
-    ax.legend(handles=[s, m, lr], loc='upper left', bbox_to_anchor=(1.1, 1), frameon=False, fontsize='small')
+    ax.legend(handles=lines, loc='upper center', bbox_to_anchor=(.5, -.15), ncols=len(lines), frameon=False, fontsize='small')
     return ax
 
 # %% ../nbs/04_callback.ipynb #c4c9e08e

@@ -32,13 +32,13 @@ def test_readme_is_made_from_the_index():
     assert (root/'README.md').read_text() == readme()
 
 def test_only_the_rooms_that_may_import_fastai_do():
-    code = "import sys; import fasterprune.sparsifier, fasterprune.schedules, fasterprune.storage, fasterprune.shrink, fasterprune.channels; print(any(m == 'fastai' or m.startswith(('fastai.', 'nbdev', 'sklearn', 'torch_pruning', 'onnx')) for m in sys.modules))"
+    code = "import sys; import fasterprune.sparsifier, fasterprune.schedules, fasterprune.storage, fasterprune.shrink, fasterprune.channels, fasterprune.report; print(any(m == 'fastai' or m.startswith(('fastai.', 'nbdev', 'sklearn', 'torch_pruning', 'onnx')) for m in sys.modules))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'False'
     code = "import sys; import fasterprune.all; print(any(m.startswith(('nbdev', 'fastai.vision', 'torchvision')) for m in sys.modules))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'False'
 
 def test_every_public_name_says_what_it_is():
-    for name in ('schedules', 'criteria', 'granularity', 'channels', 'sparsifier', 'callback', 'storage', 'shrink', 'learner', 'experiments'):
+    for name in ('schedules', 'criteria', 'granularity', 'channels', 'sparsifier', 'callback', 'report', 'find', 'storage', 'shrink', 'learner', 'experiments'):
         module = importlib.import_module(f'fasterprune.{name}')
         for n in module.__all__:
             o = getattr(module, n)
