@@ -21,6 +21,6 @@ setup(
     packages=find_packages(include=['fasterprune', 'fasterprune.*']),
     python_requires=f">={cfg['min_python']}",
     install_requires=lines('requirements'),
-    extras_require={'dev': lines('dev_requirements')},
+    extras_require={k.removesuffix('_requirements'): lines(k) for k in cfg if k.endswith('_requirements')},
     entry_points={'console_scripts': lines('console_scripts')},
 )

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/10_all.ipynb #23ffc424
+# %% ../nbs/10_all.ipynb #511bf5a0
 from .schedules import *
 from .criteria import *
 from .granularity import *
 from .sparsifier import *
 from .callback import *
+from .lottery import *
 
 __all__ = [n for n in dir() if not n.startswith('_')] # all that came in by the stars above

@@ -35,7 +35,7 @@ __all__ = ['datasets', 'augments', 'schedules', 'restarts', 'recipes', 'TensorDL
            'summarize', 'paired', 'plot_accuracy', 'plot_curves', 'plot_params', 'write_report', 'compare',
            'fasterprune_compare', 'fasterprune_find_params']
 
-# %% ../nbs/09_experiments.ipynb #fb4e2adb
+# %% ../nbs/09_experiments.ipynb #6aaff91a
 class TensorDL(DataLoader):
     "Batches from images in memory, augmented a batch at a time."
     def __init__(self,
@@ -100,7 +100,7 @@ def tensor_dls(
         x = train[0][::1+train[0].numel()//2**28].float().div(255) # of very many pixels, a part is enough
         stats = x.mean((0,2,3)).tolist(), x.std((0,2,3)).clamp(min=1e-3).tolist()
     dls = DataLoaders(TensorDL(*train, stats, bs, True, pad, flip, size, device, tfms), TensorDL(*valid, stats, 2*bs, False, size=size, device=device), device=torch.device(device or 'cpu'))
-    dls.c = int(train[1].max()) + 1
+    dls.c = max(int(y.max()) for _,y in (train, valid)) + 1
     return dls
 
 # %% ../nbs/09_experiments.ipynb #21789166
@@ -654,10 +654,10 @@ def _check(config, schedule_names, sparsities, seeds, device, workers):
     except (RuntimeError, AssertionError) as e: raise ValueError(f"--device got {device!r}, which cannot be used here: {str(e).splitlines()[0]}") from None
     make_model(config['arch'], 3, 2, config['pretrained'])
 
-# %% ../nbs/09_experiments.ipynb #9c173e68
+# %% ../nbs/09_experiments.ipynb #cace13b4
 recipes = dict(
     digits=dict(data='digits', arch='small', schedules='oneshot,iterative,agp,cosine70,onecycle', sparsities='0.95', epochs=12, lr=1e-2, bs=64, size=None, images=None, augment='shift', seeds=3),
-    quick=dict(data='cifar10', arch='small', schedules='all', sparsities='0.95', epochs=10, lr=1e-2, bs=64, size=16, images=20_000, augment='shift', seeds=3),
+    quick=dict(data='cifar10', arch='small', schedules='all', sparsities='0.95', epochs=10, lr=1e-2, bs=64, size=16, images=12_000, augment='shift', seeds=3),
     paper=dict(data='cifar10', arch='resnet18', schedules='oneshot,iterative,agp,onecycle', sparsities='0.8,0.9,0.95', epochs=25, lr=1e-3, bs=32, size=224, images=None, augment='fastai', seeds=3))
 
 def _settle(recipe, given):
