@@ -35,7 +35,7 @@ __all__ = ['datasets', 'augments', 'schedules', 'restarts', 'recipes', 'TensorDL
            'summarize', 'paired', 'plot_accuracy', 'plot_curves', 'plot_params', 'write_report', 'compare',
            'fasterprune_compare', 'fasterprune_find_params']
 
-# %% ../nbs/09_experiments.ipynb #6aaff91a
+# %% ../nbs/09_experiments.ipynb #518634c2
 class TensorDL(DataLoader):
     "Batches from images in memory, augmented a batch at a time."
     def __init__(self,
@@ -55,11 +55,10 @@ class TensorDL(DataLoader):
         self.mean,self.std = (torch.tensor(s, device=self.device).view(-1, 1, 1) for s in stats)
         self.train,self.pad,self.flip,self.size,self.tfms = train,pad,flip,size,tfms
 
+    def get_idxs(self): return super().get_idxs()[:len(self)*self.bs] # without an incomplete last batch in training
     def __iter__(self): return self.create_batches(self.get_idxs())
-
     def create_batches(self, samps): # fastai's `DistributedDL` comes in here, with the share of its rank
-        idxs = torch.tensor(list(samps), device=self.device)
-        for i in range(0, len(idxs) - (self.bs-1 if self.train else 0), self.bs): yield self.batch(idxs[i:i+self.bs])
+        for idxs in torch.tensor(list(samps), device=self.device).split(self.bs): yield self.batch(idxs)
 
     def batch(self,
         idxs:Tensor, # Which images
@@ -419,7 +418,7 @@ def versions() -> dict: # From name to version
     "What a result was obtained with."
     return dict(fasterprune=fasterprune.__version__, fastai=fastai.__version__, torch=torch.__version__, torchvision=torchvision.__version__, python=platform.python_version())
 
-# %% ../nbs/09_experiments.ipynb #77741d86
+# %% ../nbs/09_experiments.ipynb #269acfe3
 def _mean_sd(v, digits=2): return f'{np.mean(v):.{digits}f} ± {np.std(v, ddof=1):.{digits}f}' if len(v) > 1 else f'{np.mean(v):.{digits}f}'
 
 def row_label(
@@ -442,17 +441,18 @@ def _levels(rows): return sorted({r['sparsity'] for r in rows if r['schedule'] !
 
 def summarize(
     rows:list, # Rows of `Results`
+    times:bool=True, # Tell the time of each against the dense network's? It means nothing on a machine that is busy with other things
 ) -> str: # A Markdown table, best first
     "Accuracy, measured sparsity, gap to the dense network of the same seed, and time against it: mean ± standard deviation over the seeds."
     dense = {r['seed']: r for r in rows if r['schedule'] == 'dense'}
-    lines = ['| sparsity asked | schedule | accuracy, last epoch (%) | gap to dense (points) | sparsity measured (%) | time / dense | runs |', '|---:|---|---:|---:|---:|---:|---:|']
-    if dense: lines.append(f"| 0 | dense | {_mean_sd([100*r['accuracy'] for r in dense.values()])} | | {_mean_sd([100*r['measured'] for r in dense.values()])} | 1 | {len(dense)} |")
+    lines = [f"| sparsity asked | schedule | accuracy, last epoch (%) | gap to dense (points) | sparsity measured (%) |{' time / dense |'*times} runs |", f"|---:|---|---:|---:|---:|{'---:|'*times}---:|"]
+    if dense: lines.append(f"| 0 | dense | {_mean_sd([100*r['accuracy'] for r in dense.values()])} | | {_mean_sd([100*r['measured'] for r in dense.values()])} |{' 1 |'*times} {len(dense)} |")
     for s in _levels(rows):
         for name,g in by_label(rows, s).items():
             pairs = [(r, dense[r['seed']]) for r in g if r['seed'] in dense]
             gap = _mean_sd([100*(r['accuracy']-d['accuracy']) for r,d in pairs]) if pairs else ''
             ratio = f"{np.median([r['seconds']/d['seconds'] for r,d in pairs]):.2f}" if pairs else ''
-            lines.append(f"| {s:g} | {name} | {_mean_sd([100*r['accuracy'] for r in g])} | {gap} | {100*np.mean([r['measured'] for r in g]):.2f} | {ratio} | {len(g)} |")
+            lines.append(f"| {s:g} | {name} | {_mean_sd([100*r['accuracy'] for r in g])} | {gap} | {100*np.mean([r['measured'] for r in g]):.2f} |{f' {ratio} |'*times} {len(g)} |")
     return '\n'.join(lines)
 
 # %% ../nbs/09_experiments.ipynb #45f93b3c
@@ -478,7 +478,7 @@ def paired(
         blocks.append('\n'.join(lines))
     return '\n\n'.join(blocks)
 
-# %% ../nbs/09_experiments.ipynb #a8c296e8
+# %% ../nbs/09_experiments.ipynb #2f5dc921
 def plot_accuracy(
     rows:list, # Rows of `Results`
     ax=None, # Matplotlib axes to draw on; new ones if None
@@ -551,9 +551,10 @@ def write_report(
     out:Path, # Folder to write to
     heading:str='', # What was compared
     reference:str='onecycle', # The label to compare with each other, see `paired`
+    times:bool=True, # As in `summarize`
 ) -> str: # The tables
     "Write `table.md`, `accuracy.png` and `sparsity.png`."
-    text = '\n\n'.join(t for t in (heading, summarize(rows), paired(rows, reference)) if t)
+    text = '\n\n'.join(t for t in (heading, summarize(rows, times), paired(rows, reference)) if t)
     (Path(out)/'table.md').write_text(text+'\n', encoding='utf-8')
     if levels := _levels(rows):
         _save(plot_accuracy, rows, Path(out)/'accuracy.png', max(3, 1.2+.3*len({row_label(r) for r in rows})))
@@ -594,7 +595,7 @@ def _pool(workers, dask):
                                                        "start the workers with --nthreads 1 (and --nworkers for more of them)")
         with parallel_config('dask', n_jobs=len(threads), wait_for_workers_timeout=20): yield len(threads)
 
-# %% ../nbs/09_experiments.ipynb #9877a4b3
+# %% ../nbs/09_experiments.ipynb #90a26bc6
 _newer = dict(augment='shift', images=None, pretrained=False) # settings of later versions: a training that has them at their first values keeps its key
 
 def compare(
@@ -612,6 +613,8 @@ def compare(
     "Train what is not in `out` yet: for each seed the dense network, then each schedule at each sparsity."
     from joblib import Parallel, delayed as later
     config = {**_newer, **config}
+    if rank_distrib(): say = lambda s: None # the first of several processes tells, and writes
+    if num_distrib() > 1 and torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     _check(config, schedule_names, sparsities, seeds, device, workers)
     results,path = Results(out),config.pop('path', None)
     todo = {}
@@ -654,7 +657,7 @@ def _check(config, schedule_names, sparsities, seeds, device, workers):
     except (RuntimeError, AssertionError) as e: raise ValueError(f"--device got {device!r}, which cannot be used here: {str(e).splitlines()[0]}") from None
     make_model(config['arch'], 3, 2, config['pretrained'])
 
-# %% ../nbs/09_experiments.ipynb #cace13b4
+# %% ../nbs/09_experiments.ipynb #2fce69cb
 recipes = dict(
     digits=dict(data='digits', arch='small', schedules='oneshot,iterative,agp,cosine70,onecycle', sparsities='0.95', epochs=12, lr=1e-2, bs=64, size=None, images=None, augment='shift', seeds=3),
     quick=dict(data='cifar10', arch='small', schedules='all', sparsities='0.95', epochs=10, lr=1e-2, bs=64, size=16, images=12_000, augment='shift', seeds=3),
@@ -716,7 +719,7 @@ def fasterprune_compare(
         wanted,targets,n = _list(c.pop('schedules'), 'schedules'), _list(c.pop('sparsities'), 'sparsities', float), c.pop('seeds')
         if c['data'] == 'digits': torch.set_num_threads(1) # such small images are not worth sharing out among threads
         rows = compare(Path(out), wanted, targets, n, device, _say, workers, dask, first_seed, path=path, granularity=granularity, context=context, exclude=exclude, pretrained=pretrained, **c)
-        if rank_distrib(): return # the first of several processes tells
+        if rank_distrib(): return
         heading = _heading(rows)
         print(f'\n{heading}\n\n{write_report(rows, out, heading)}\n\nIn {out}: results.jsonl, table.md, accuracy.png, sparsity.png')
 
