@@ -1,6 +1,5 @@
 "The experiments: data in all its forms, networks, recipes, baselines, many workers, paired differences."
-import json, pickle, re, warnings
-from types import SimpleNamespace
+import os, pickle, re, signal, subprocess, sys
 import numpy as np, pytest, torch, torchvision
 from fastai.distributed import DistributedDL
 from PIL import Image
@@ -229,6 +228,18 @@ def test_two_dask_workers_give_the_table_of_one_process(alone, tmp_path):
     assert stripped(rows) == stripped(alone[1]) and said[0].startswith('1 of 4 trainings') and len(said) == 4
     def table(rows): return [[c for i,c in enumerate(l.split('|')) if i != 6] for l in summarize(rows).splitlines()] # all but the times
     assert table(rows) == table(alone[1]) and paired(rows) == paired(alone[1])
+
+@pytest.mark.fault
+def test_ctrl_c_with_two_workers_and_go_on(alone, tmp_path):
+    code = f"from fasterprune.experiments import *; fasterprune_compare(schedules='onecycle', sparsities='0.9', epochs=1, seeds=2, device='cpu', workers=2, out={str(tmp_path)!r})"
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in p.stdout:
+        if line.startswith('['): break
+    os.killpg(p.pid, signal.SIGINT) # as a terminal does: to all of them
+    text,err = p.communicate(timeout=120)
+    assert p.returncode == 130 and 'goes on from there' in text, err
+    assert 1 <= len(Results(tmp_path).rows()) < 4
+    assert stripped(compare(tmp_path, ['onecycle'], [.9], seeds=2, device='cpu', say=quiet, **config)) == stripped(alone[1])
 
 @pytest.mark.bad_input
 def test_dask_workers_with_several_threads_are_refused(tmp_path):

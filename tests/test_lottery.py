@@ -3,6 +3,7 @@ import re, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 import pytest, torch
 from torch import nn
+from fasterprune.criteria import magnitude
 from fasterprune.lottery import Ticket, find_ticket, load_ticket, restarted, save_ticket, sched_imp, shuffled, train_ticket
 from fasterprune.schedules import delayed, sched_agp, sched_onecycle, sched_oneshot
 from fasterprune.sparsifier import measured_sparsity
@@ -192,3 +193,10 @@ def test_a_ticket_for_another_network(learner):
     with pytest.raises(ValueError, match='does not fit this model: 0'): ticket.apply(other)
     with pytest.raises(ValueError, match='does not fit this model'): ticket.apply(nn.Sequential(*conv_net(), nn.Linear(3, 3)))
     assert same(other.state_dict(), before)
+
+def test_settings_of_every_kind_can_be_saved_and_taken_up(learner, tmp_path):
+    how = dict(n_epoch=1, lr_max=slice(1e-3, 1e-2), sparsity={'0': .5, '3': .75}, rounds=2, schedule=delayed(sched_agp, .2), criteria=magnitude, path=tmp_path, seed=0)
+    ticket = quietly(find_ticket, learner(), **how)
+    assert {n: round((~m).float().mean().item(), 2) for n,m in ticket.masks.items()} == {'0': .5, '3': .75}
+    assert {n: round((~m).float().mean().item(), 2) for n,m in load_ticket(tmp_path/'round_1.pt').masks.items()} == {'0': .29, '3': .5}
+    assert same(quietly(find_ticket, learner(), **how).masks, ticket.masks)
