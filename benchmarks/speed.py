@@ -58,8 +58,9 @@ class AoPrune(Callback):
 
 def contestants(schedule, resolution, only=None):
     "From name to the callbacks of a contestant"
-    res = {'dense': lambda: [], 'fasterprune local': lambda: [SparsifyCallback(.95, context='local', schedule=schedule, resolution=resolution)],
-           'fasterprune global': lambda: [SparsifyCallback(.95, context='global', schedule=schedule, resolution=resolution)]}
+    kw = dict(schedule=schedule) if resolution is None else dict(schedule=schedule, resolution=resolution)
+    res = {'dense': lambda: [], 'fasterprune local': lambda: [SparsifyCallback(.95, context='local', **kw)],
+           'fasterprune global': lambda: [SparsifyCallback(.95, context='global', **kw)]}
     try:
         from fasterai.sparse.sparsify_callback import SparsifyCallback as Peer
         from fasterai.core.criteria import large_final
@@ -151,7 +152,7 @@ def part_run(args):
     "A whole fit_one_cycle with default settings, and with re-selection at every batch beside the peer"
     pcts = np.arange(args.run_steps)/args.run_steps
     ours = dict(only=['dense', 'fasterprune local', 'fasterprune global'])
-    t,_ = race('resnet18', sched_onecycle, pcts, .01, args, warm=0, **ours)
+    t,_ = race('resnet18', sched_onecycle, pcts, None, args, warm=0, **ours)
     total = {f'{n}, default': sum(v)/sum(t['dense']) for n,v in t.items() if n != 'dense'}
     n = max(50, args.run_steps//10)
     every,_ = race('resnet18', sched_onecycle, np.arange(n)/n, 0., args, warm=0, only=['dense', 'fasterprune local', 'fasterprune global', 'fasterai 0.4.1 local', 'fasterai 0.4.1 global'])

@@ -22,7 +22,7 @@ from .sparsifier import Sparsifier, check_context, check_sparsity, tell
 # %% auto #0
 __all__ = ['SparsifyCallback', 'KeepSparsity']
 
-# %% ../nbs/04_callback.ipynb #4a2624b9
+# %% ../nbs/04_callback.ipynb #195f157b
 class _ZerosCallback(Callback):
     "Keeps the zeros of a `Sparsifier` during a fit; what `SparsifyCallback` and `KeepSparsity` have in common."
     order,run_valid = Recorder.order+1,False
@@ -86,7 +86,7 @@ class SparsifyCallback(_ZerosCallback):
         layers=nn.Conv2d, # A type or several, a name or several, or a function `(name, module) -> bool`
         exclude=(), # Names of layers or containers to leave dense
         regrow:bool=False, # May pruned weights compete, and grow, again?
-        resolution:float=0.01, # Select anew when the schedule asks for this fraction of the surviving weights; 0: at every batch
+        resolution:float=0.02, # Select anew when the schedule asks for this fraction of the surviving weights; 0: at every batch
     ):
         self.target = check_sparsity(sparsity)
         check_granularity(granularity); check_context(context); check_criteria(criteria)

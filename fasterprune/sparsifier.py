@@ -15,8 +15,8 @@ from .granularity import Granularity, check_granularity, nm_pattern, prunable_ty
 
 # %% auto #0
 __all__ = ['contexts', 'check_sparsity', 'kth_smallest', 'uniform', 'erk', 'apportion', 'lamp', 'check_context', 'find_layers',
-           'tell', 'following_norms', 'input_scale', 'PrunedLayer', 'check_finite', 'Scores', 'select_blocks',
-           'select_blocks_sorted', 'Sparsity', 'measured_sparsity', 'Sparsifier']
+           'tell', 'following_norms', 'input_scale', 'PrunedLayer', 'check_finite', 'Scores', 'check_ranges',
+           'select_blocks', 'select_on_device', 'select_blocks_sorted', 'Sparsity', 'measured_sparsity', 'Sparsifier']
 
 # %% ../nbs/03_sparsifier.ipynb #ff6b202e
 def check_sparsity(
@@ -33,10 +33,10 @@ def check_sparsity(
         raise ValueError(f"sparsity got {sparsity}; it is the fraction of zeros, a number in [0, 1){hint}")
     return float(sparsity)
 
-# %% ../nbs/03_sparsifier.ipynb #07082680
+# %% ../nbs/03_sparsifier.ipynb #a4659ff7
 _chunk = 1<<17  # scores looked at in one go: 512 KB of float32, at home in the cache
 
-def _slices(n): return (slice(i, min(i+_chunk, n)) for i in range(0, n, _chunk))
+def _slices(n, size=_chunk): return (slice(i, min(i+size, n)) for i in range(0, n, size))
 
 def kth_smallest(
     scores:list, # Arrays with a length, whose slices are 1-d numpy arrays of scores ≥ 0 (numpy arrays will do)
@@ -45,7 +45,7 @@ def kth_smallest(
 ) -> tuple: # The k-th smallest score, how many scores are smaller, how many are smaller or equal
     "The exact k-th smallest of all scores that count, in little more than one reading of them and almost no memory."
     alive = alive or [None]*len(scores)
-    stride = max(1, sum(map(len, scores)) >> 14)
+    stride = max(1, math.isqrt(sum(map(len, scores))) >> 3) # a sample of some 8√n: sorting it, and the bracket that it leaves, stay small beside n
     sample = np.sort(np.concatenate([s[::stride] if a is None else s[::stride][a[::stride]] for s,a in zip(scores, alive)]))
     if stride == 1: # few scores: the sample is everything
         t = sample[k-1]
@@ -245,7 +245,9 @@ def input_scale(
         res[m] = weight_unview(m, act)
     return res
 
-# %% ../nbs/03_sparsifier.ipynb #3cdfae35
+# %% ../nbs/03_sparsifier.ipynb #23c418c4
+_buffer = 1<<10  # numpy turns this many bytes of a mask into floats at a time: they never leave the innermost cache
+
 class PrunedLayer:
     "One layer in the scope of a `Sparsifier`: its blocks and which of them are kept."
     def __init__(self,
@@ -313,8 +315,9 @@ class PrunedLayer:
     def _mask(self, t):
         if not self.single: weight_view(self.module, t).mul_(self.keep.to(t.dtype))
         elif t.device.type == 'cpu' and t.dtype in (torch.float32, torch.float64): # numpy is much faster at this than torch on a CPU
-            a = t.numpy()
-            np.multiply(a, self.keep.numpy(), out=a)
+            a,usual = t.numpy(),np.setbufsize(_buffer)
+            try: np.multiply(a, self.keep.numpy(), out=a)
+            finally: np.setbufsize(usual)
         else: t.mul_(self.keep)
 
 def check_finite(
@@ -324,7 +327,12 @@ def check_finite(
     for l in layers:
         if not l.weight.isfinite().all(): raise ValueError(f"layer {l.name} has weights that are not finite (NaN or inf), so nothing was pruned; is the learning rate too high?")
 
-# %% ../nbs/03_sparsifier.ipynb #5cb079d1
+# %% ../nbs/03_sparsifier.ipynb #8ad1cd88
+def _fine(a):
+    "Are all floats in numpy array `a` finite and ≥ 0? Their bits, read as whole numbers, are then below those of infinity: one pass"
+    bits = a.view(f'u{a.itemsize}')
+    return bits.max() < np.array(np.inf, a.dtype).view(bits.dtype)
+
 class Scores:
     "The scores of a layer's blocks: as long as there are blocks, its slices are 1-d numpy arrays. `alive` tells which of them count."
     def __init__(self,
@@ -337,7 +345,7 @@ class Scores:
         self.alive = None if regrow or layer.keep is None else layer.flat_keep()
         f = criteria
         while hasattr(f, 'func'): f = f.func # what is inside a partial
-        self.all,self.checked = None,False
+        self.all,self.checked,self.range = None,False,None
         if getattr(f, 'elementwise', False) and layer.single and layer.blocks.n_of is None and layer.weight.device.type == 'cpu':
             self.inputs = {k: layer.flat(v) for k,v in inputs.items()} # scored when a slice is asked for
         else: self.all = self._score_all()
@@ -357,12 +365,16 @@ class Scores:
             raise ValueError(f"criteria {name} gave {got} for layer {self.layer.name}; it must give a tensor in the shape of the weight, {tuple(self.layer.weight.shape)}")
         s = s.detach()
         if s.dtype not in (torch.float32, torch.float64): s = s.float()
-        if self.checked: return s
-        lo,hi = (s.numpy().min(), s.numpy().max()) if s.device.type == 'cpu' else s.aminmax()
-        if not (lo >= 0 and hi < np.inf):
-            check_finite([self.layer])
-            raise ValueError(f"criteria {name} gave scores from {lo:g} to {hi:g} for layer {self.layer.name}; scores must be finite and at least 0")
+        if self.checked or s.device.type == 'cpu' and _fine(s.numpy()): return s
+        self.range = torch.stack(s.aminmax())
+        if s.device.type == 'cpu': self.check_range(*self.range.tolist())
         return s
+
+    def check_range(self, lo:float, hi:float):
+        "`ValueError` unless the smallest and the largest score are finite and at least 0"
+        if lo >= 0 and hi < np.inf: return
+        check_finite([self.layer])
+        raise ValueError(f"criteria {getattr(self.criteria, '__name__', self.criteria)} gave scores from {lo:g} to {hi:g} for layer {self.layer.name}; scores must be finite and at least 0")
 
     def __len__(self): return self.layer.n
 
@@ -377,7 +389,7 @@ class Scores:
 
     def any_above(self, t) -> bool:
         "Does any block that is alive score above `t`? Looks no further than the first slice that has one."
-        return any(((self[sl] > t) & (True if self.alive is None else self.alive[sl].numpy())).any() for sl in _slices(len(self)))
+        return any(((self[sl] > t) & (True if self.alive is None else self.alive[sl].numpy())).any() for sl in _slices(len(self), 1<<12))
 
     def protect_best(self) -> float:
         "Give the best block that is alive an infinite score, so that it stays; returns the score it had"
@@ -401,19 +413,26 @@ class Scores:
         self.layer.n_dead = len(self) - int(np.count_nonzero(keep))
         return quota
 
-# %% ../nbs/03_sparsifier.ipynb #95de49bc
+def check_ranges(
+    scores:list, # `Scores` that were all computed
+):
+    "`ValueError` for the first layer whose scores are not finite or below 0; asks a GPU once for all of them."
+    late = [s for s in scores if s.range is not None]
+    for s,(lo,hi) in zip(late, torch.stack([s.range for s in late]).tolist() if late else ()): s.check_range(lo, hi)
+
+# %% ../nbs/03_sparsifier.ipynb #c8724fbf
 def select_blocks(
     scores:list, # `Scores` of the layers among which to choose
     k:int, # How many blocks are to be pruned in all, those already pruned included
 ) -> tuple: # A function that writes the masks, and the names of the layers that would have lost everything
     "Choose the `k` blocks with the smallest scores."
-    if scores[0].layer.weight.device.type != 'cpu': return select_blocks_sorted(scores, k)
+    if scores[0].layer.weight.device.type != 'cpu': return select_on_device(scores, k)
     saved,alive = [],[None if s.alive is None else s.alive.numpy() for s in scores]
     more = k - sum(s.layer.n_dead for s in scores if s.alive is not None)
     while True:
         t,below,below_or_equal = kth_smallest(scores, more, alive)
         for s in scores: s.checked = True # every score has been looked at: finite, and not negative
-        empty = [s for s in scores if not s.any_above(t)]
+        empty = [s for s in scores if len(scores) > 1 and not s.any_above(t)]
         if not empty: break
         for s in empty:
             if s.protect_best() < t: saved.append(s.layer.name)
@@ -422,21 +441,56 @@ def select_blocks(
         for s in scores: quota = s.cut(t, quota, ties=below_or_equal > more)
     return write, saved
 
+def _ranked(scores):
+    "All scores in one row, -1 for what is pruned, so that it comes first; and each layer's part of it"
+    x = torch.cat([s.everything() if s.all is None else s.all for s in scores])
+    parts = x.split([len(s) for s in scores])
+    for s,part in zip(scores, parts):
+        if s.alive is not None: part.masked_fill_(~s.alive, -1.)
+        s.all = part
+    return x,parts
+
+def select_on_device(
+    scores:list, # As for `select_blocks`
+    k:int, # As for `select_blocks`
+) -> tuple: # As for `select_blocks`
+    "The same on a GPU, which the host waits for once if several layers compete, and not at all for a single one."
+    x,parts = _ranked(scores)
+    n,kept,n_dead = len(x),[],[k]
+    t = x.topk(k, largest=False, sorted=False).values.max() if k <= n//2 else x.topk(n-k+1, sorted=False).values.min() # the k-th smallest
+    quota = k - (x < t).sum() # so many of those that score exactly t
+    for part in parts:
+        tied = part == t
+        rank = tied.cumsum(0, dtype=torch.int32)
+        kept.append((part > t) | tied & (rank > quota))
+        quota = quota - rank[-1]
+    if len(scores) > 1:
+        n_dead,empty = torch.stack([torch.stack([(~keep).sum(), part.max() <= t]) for keep,part in zip(kept, parts)]).T.tolist()
+        if any(empty):
+            saved = [s.layer.name for s,e in zip(scores, empty) if e and s.protect_best() < t]
+            write,more = select_on_device(scores, k)
+            return write, saved + more
+    for s in scores: s.all = None
+    def write():
+        for s,keep,dead in zip(scores, kept, n_dead):
+            s.layer.flat_keep().copy_(keep)
+            s.layer.n_dead = dead
+    return write, []
+
 def select_blocks_sorted(
     scores:list, # As for `select_blocks`
     k:int, # As for `select_blocks`
 ) -> tuple: # As for `select_blocks`
-    "The same by one stable sort of all scores, on any device. `select_blocks` uses it on a GPU, where sorting is fast; on a CPU it is its oracle."
-    for s in scores: s.all = s.everything()
-    everything = torch.cat([s.all if s.alive is None else torch.where(s.alive, s.all, -1.) for s in scores]) # what is pruned comes first
-    order = everything.sort(stable=True).indices
-    t = everything[order[k-1]].clamp(min=0)
-    empty = [s for s,e in zip(scores, torch.stack([s.all.max() <= t for s in scores]).tolist()) if e]
+    "The same by one stable sort of all scores: short, slow, and the oracle of the other two."
+    x,parts = _ranked(scores)
+    order = x.sort(stable=True).indices
+    t = x[order[k-1]]
+    empty = [s for s,part in zip(scores, parts) if len(scores) > 1 and part.max() <= t]
     saved = [s.layer.name for s in empty if s.protect_best() < t]
     if empty:
         write,more = select_blocks_sorted(scores, k)
         return write, saved + more
-    keep = torch.ones(len(everything), dtype=torch.bool, device=everything.device)
+    keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
     keep[order[:k]] = False
     def write():
         for s,kept in zip(scores, keep.split([len(s) for s in scores])):
@@ -444,7 +498,7 @@ def select_blocks_sorted(
             s.layer.n_dead = len(s) - int(kept.sum())
     return write, saved
 
-# %% ../nbs/03_sparsifier.ipynb #b91041d1
+# %% ../nbs/03_sparsifier.ipynb #a3454f9b
 class Sparsity:
     "Zeros counted in the weights of some layers: a table, and `float(...)` for the fraction of dead blocks in all."
     def __init__(self,
@@ -474,7 +528,7 @@ class Sparsity:
 def _measure(layers):
     def row(l):
         w = l.weight
-        zeros = w.numel() - int(np.count_nonzero(w.numpy()) if w.device.type == 'cpu' and w.dtype in (torch.float32, torch.float64) else w.count_nonzero())
+        zeros = w.numel() - int(np.count_nonzero(w.numpy() != 0) if w.device.type == 'cpu' and w.dtype in (torch.float32, torch.float64) else w.count_nonzero())
         return l.name, tuple(w.shape), w.numel(), zeros, l.n, zeros if l.single else int(l.blocks.dead(weight_view(l.module)).sum())
     return Sparsity([row(l) for l in layers])
 
@@ -583,7 +637,7 @@ def _tell(self:Sparsifier, layers, *words):
     self._told.update(names)
     if names: tell(f"{_short(names)} {' '.join(words)}")
 
-# %% ../nbs/03_sparsifier.ipynb #d660cee7
+# %% ../nbs/03_sparsifier.ipynb #22687573
 @patch
 def update(self:Sparsifier,
     sparsity:float|dict, # As in `sparsify`
@@ -594,15 +648,17 @@ def update(self:Sparsifier,
     groups = [(ls, k) for ls,k in self.budget(sparsity, layers) if k != (dead := sum(l.n_dead for l in ls)) and (k > dead or self.regrow)]
     if not groups: return False
     act = input_scale(self.model, [l.module for ls,_ in groups for l in ls], _as_inputs(sample)) if 'act' in self.wants else {}
-    writes = []
+    writes,checked = [],[]
     with torch.no_grad():
         for ls,k in groups:
             scores = [Scores(l, self.criteria, self._inputs(l, act), self.regrow) for l in ls]
             if self.context == 'lamp':
                 for s in scores: s.all = lamp(s.everything())
             write,saved = select_blocks(scores, k) if k else (lambda scores=scores: [s.layer.flat_keep().fill_(True) for s in scores], [])
+            checked += scores
             self._tell(saved, 'would have lost every block to the common threshold; the best block of each was kept')
             writes.append(write)
+        check_ranges(checked)
         for write in writes: write()
         for ls,k in groups:
             for l in ls:
@@ -618,7 +674,7 @@ def _inputs(self:Sparsifier, l, act):
     known = dict(weight=l.weight, grad=grad, act=act.get(l.module), name=l.name, **{k: l.state[k] for k in ('init', 'prev') if k in l.state})
     return {k: known[k] for k in self.wants}
 
-# %% ../nbs/03_sparsifier.ipynb #7dc06030
+# %% ../nbs/03_sparsifier.ipynb #cc6e6437
 @patch
 def apply(self:Sparsifier):
     "Set all pruned weights to zero again, after an optimizer step for instance."
@@ -636,6 +692,7 @@ def record_grad(self:Sparsifier,
     "Take the gradients into the running mean, if the criterion asks for it."
     if 'grad' not in self.wants: return
     for l in self.layers:
-        if (g := l.module.weight.grad) is None or not g.isfinite().all(): continue
-        if 'grad' in l.state: l.state['grad'].lerp_(g, 1-beta)
-        else: l.state['grad'] = g.detach().clone(memory_format=torch.preserve_format)
+        if (g := l.module.weight.grad) is None: continue
+        mean,fine = l.state.get('grad'),g.isfinite().all()
+        if mean is not None: mean.lerp_(torch.where(fine, g.detach(), mean), 1-beta) # without a look at `fine`, for which a GPU would have to wait
+        elif fine: l.state['grad'] = g.detach().clone(memory_format=torch.preserve_format)

@@ -4,7 +4,8 @@ import pytest, torch
 from torch import nn
 from fastai.callback.schedule import sched_cos, sched_lin
 from fasterprune.all import *
-from conftest import fit
+from fasterprune.sparsifier import select_blocks, select_on_device
+from conftest import conv_net, fit
 
 schedules = dict(oneshot=sched_oneshot, oneshot40=delayed(sched_oneshot, .4), iterative=sched_iterative, agp=sched_agp, onecycle=sched_onecycle,
                  onecycle6=partial(sched_onecycle, beta=6.), linear=sched_lin, cosine=sched_cos, cosine70=delayed(sched_cos, 0, .7), own=lambda start, end, pos: start+(end-start)*pos**.5)
@@ -90,3 +91,18 @@ def test_a_shared_module_counts_once():
     a,b = nn.Linear(4, 4), nn.Linear(4, 4)
     b.weight = a.weight
     assert len(Sparsifier(nn.Sequential(a, b), layers=nn.Linear).sparsify(.5).rows) == 1
+
+@pytest.mark.parametrize('granularity', ['weight', 'kernel', 'filter', 'row'])
+@pytest.mark.parametrize('context', ['local', 'erk', 'global', 'lamp'])
+def test_the_way_of_a_gpu_selects_the_same(context, granularity, monkeypatch):
+    "Run on the CPU; tests/test_cuda.py does it on a GPU."
+    def masks(select):
+        torch.manual_seed(0)
+        model = conv_net(16)
+        monkeypatch.setattr('fasterprune.sparsifier.select_blocks', select)
+        sp = Sparsifier(model, granularity, context, sample=torch.randn(2, 4, 6, 6))
+        for s in (.1, .4, .8, .97): sp.sparsify(s)
+        return [l.keep for l in sp.layers], [l.n_dead for l in sp.layers], [int((~l.keep).sum()) for l in sp.layers]
+    (a, dead, counted), (b, dead_b, counted_b) = masks(select_blocks), masks(select_on_device)
+    assert dead == counted == dead_b == counted_b
+    assert all(torch.equal(x, y) for x,y in zip(a, b))

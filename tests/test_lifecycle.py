@@ -109,6 +109,19 @@ def test_lifecycle(tmp_path, way, companion, opt, context):
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
     assert not hasattr(learn, 'sparsify')
 
+@pytest.mark.parametrize('companion', ['plain', 'accumulation_last_batch_not_stepping', 'clip', 'bf16', 'fp16_skipped_steps', 'mixup', 'early_stopping', 'channels_last'])
+@pytest.mark.parametrize('granularity,criteria', [('filter', magnitude), ('weight', wanda), ('filter', wanda), ('kernel', taylor), ('weight', movement)])
+def test_other_blocks_and_criteria(tmp_path, companion, granularity, criteria):
+    "The companions that change a step must get on with samples looked at, gradients recorded and BatchNorms pruned along"
+    learn = make_learner(opt_func=partial(SGD, mom=.9, wd=.01), path=tmp_path)
+    with warnings.catch_warnings(), learn.no_bar(), learn.no_logging():
+        warnings.simplefilter('ignore')
+        learn.fit_one_cycle(3, 1e-2, cbs=[SparsifyCallback(.6, granularity, 'global', criteria), Watch(), *companions[companion]()])
+    rows = measured_sparsity(learn.model, granularity=granularity).rows
+    n,dead = sum(r[4] for r in rows), sum(r[5] for r in rows)
+    if companion == 'early_stopping': assert dead/n in [pytest.approx(v) for _,v in learn.recorder.sparsity_measured]
+    else: assert dead == round(.6*n)
+
 def test_the_page_is_about_these_tests():
     "The page of situations names every value of every axis, and how many combinations there are"
     import json, re
