@@ -1,4 +1,5 @@
 "Tables and figures from the JSON lines in this folder: python results/make.py"
+import re
 from pathlib import Path
 import matplotlib; matplotlib.use('agg')
 import matplotlib.pyplot as plt, numpy as np
@@ -53,4 +54,10 @@ def advice():
         text.append(paired([r for r in pruned if r['sparsity'] == s], next(iter(groups))))
     (here/'advice'/'table.md').write_text('\n\n'.join(text)+'\n')
 
-if __name__ == '__main__': quick(); params(); advice()
+def readme():
+    "Put the tables where README.md names their files"
+    def table(m): return f"<!-- {m[1]} -->\n{(here/m[1]).read_text().partition(chr(10))[2].strip()}\n<!-- end -->"
+    text = (here/'README.md').read_text()
+    (here/'README.md').write_text(re.sub(r'<!-- (\S+\.md) -->.*?<!-- end -->', table, text, flags=re.S))
+
+if __name__ == '__main__': quick(); params(); advice(); readme()
