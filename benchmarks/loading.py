@@ -53,7 +53,7 @@ def main(
     lines = ['| network | images, pixels | augmentation | batch | loading alone (ms) | model alone (ms) | both (ms) | loading / model |', '|---|---|---|---:|---:|---:|---:|---:|']
     for r in rows: lines.append(f"| {r['arch']} | {r['pixels']} → {r['size']} | {r['augment']} | {r['bs']} | {r['load']:.1f} | {r['model']:.1f} | {r['both']:.1f} | {r['load']/r['model']:.1%} |")
     info = dict(device=torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine(), threads=torch.get_num_threads(), versions=versions(), date=datetime.now(timezone.utc).strftime('%Y-%m-%d'))
-    out.mkdir(exist_ok=True)
+    Path(out).mkdir(exist_ok=True); out = Path(out)
     (out/f'loading_{device.type}.json').write_text(json.dumps(dict(rows=rows, **info), indent=1))
     text = '\n'.join(lines)
     (out/f'loading_{device.type}.md').write_text(f"Milliseconds a batch, medians of {rounds} epochs of {batches} batches, {info['device']}, {info['threads']} thread(s), {info['date']}:\n\n{text}\n")
