@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/10_all.ipynb #2da30c9c
+# %% ../nbs/10_all.ipynb #09ef2217
 from .schedules import *
 from .criteria import *
 from .granularity import *
@@ -17,5 +17,6 @@ from .find import *
 from .storage import *
 from .shrink import *
 from .learner import *
+from .lottery import *
 
 __all__ = [n for n in dir() if not n.startswith('_')] # all that came in by the stars above
