@@ -55,7 +55,7 @@ def untouched(
         for r,s in loader_rngs: r.setstate(s)
         torch.set_autocast_enabled('cuda', autocast) # mixed precision leaves it on if it is interrupted in a forward pass
 
-# %% ../nbs/05a_find.ipynb #04f447f5
+# %% ../nbs/05a_find.ipynb #efdfe8b6
 class _Look(Callback):
     "Loss and metrics of a validation, or of its first batches"
     order = Recorder.order+1
@@ -74,27 +74,33 @@ def _validated(learn, model, n_batches):
         learn.validate(cbs=look)
         return [float(m.value) for m in look.measures]
 
+def _split(learn, batch):
+    "A batch as inputs and targets, on the Learner's device"
+    batch = learn._set_device(batch)
+    i = getattr(learn.dls, 'n_inp', 1 if len(batch) == 1 else len(batch)-1)
+    return tuple(batch[:i]),tuple(batch[i:])
+
 class _Pruner:
     "Prunes copies of a Learner's model, each time from the model as it is"
     def __init__(self, learn, how):
         self.learn,self.how,self.wants = learn,how,check_criteria(how['criteria'])
         if bad := {'init', 'prev'} & set(self.wants): raise ValueError(
             f"criteria {getattr(how['criteria'], '__name__', how['criteria'])} compares with earlier weights ({', '.join(sorted(bad))}), and there are none without a training: find a sparsity with magnitude, taylor or wanda")
-        with untouched(learn): self.batch = learn._set_device(learn.dls.train.one_batch())
-        self.n_inp = getattr(learn.dls, 'n_inp', 1 if len(self.batch) == 1 else len(self.batch)-1)
+        self.xb = self.yb = None # filters and some criteria want to see a batch
+        if how['granularity'] != 'weight' or {'grad', 'act'} & set(self.wants):
+            with untouched(learn): self.xb,self.yb = _split(learn, learn.dls.train.one_batch())
 
     def __call__(self, sparsity=None, layers=None):
         "A pruned copy, and its `Sparsifier`"
         with untouched(self.learn):
             model = copy.deepcopy(self.learn.model)
-            xb,yb = self.batch[:self.n_inp],self.batch[self.n_inp:]
             if 'grad' in self.wants:
                 for p in model.parameters(): p.requires_grad_(p.is_floating_point())
-                self.learn.loss_func(model.eval()(*xb), *yb).backward()
-            sp = Sparsifier(get_model(model), **(self.how if layers is None else self.how | dict(layers=layers, exclude=())), sample=xb)
+                self.learn.loss_func(model.eval()(*self.xb), *self.yb).backward()
+            sp = Sparsifier(get_model(model), **(self.how if layers is None else self.how | dict(layers=layers, exclude=())), sample=self.xb)
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore') # what could not be reached is seen in the column of what was measured
-                if sparsity: sp.sparsify(sparsity, xb)
+                if sparsity: sp.sparsify(sparsity, self.xb)
             for p in model.parameters(): p.grad = None
         return model,sp
 
@@ -343,7 +349,7 @@ def _layer_by_layer(learn, pruner, sp, rungs, names, metric, bigger, n_batches, 
         if not curves: raise
     return LayerSensitivity(curves, {l.name: l.n for l in sp.layers}, len(sp.layers))
 
-# %% ../nbs/05a_find.ipynb #d02a97c9
+# %% ../nbs/05a_find.ipynb #9b820c9f
 @patch
 def sparsity_report(self:Learner,
     sample=None, # A batch of inputs, a tensor or a tuple; the first item of the validation set if None
@@ -354,6 +360,5 @@ def sparsity_report(self:Learner,
     "`fasterprune.report.sparsity_report` of the model. The Learner is left as it was."
     with untouched(self):
         if sample is None:
-            batch = self._set_device(self.dls.valid.one_batch())
-            sample = tuple(x[:1] if isinstance(x, torch.Tensor) else x for x in batch[:getattr(self.dls, 'n_inp', 1 if len(batch) == 1 else len(batch)-1)])
+            sample = tuple(x[:1] if isinstance(x, torch.Tensor) else x for x in _split(self, self.dls.valid.one_batch())[0])
         return _report(get_model(self.model), sample, layers, exclude, latency)
