@@ -24,7 +24,7 @@ from .report import SparsityReport, _Table, _new_axes, sparsity_report as _repor
 from .sparsifier import Sparsifier, apportion, check_sparsity, _short
 
 # %% auto #0
-__all__ = ['ladder', 'untouched', 'within', 'knee', 'SparsityCurve', 'LayerSensitivity']
+__all__ = ['ladder', 'as_before', 'within', 'knee', 'SparsityCurve', 'LayerSensitivity']
 
 # %% ../nbs/05a_find.ipynb #bd28509e
 def _noted(o):
@@ -36,7 +36,7 @@ def _noted(o):
     return restore
 
 @contextmanager
-def untouched(
+def as_before(
     learn:Learner, # The Learner to look at
 ):
     "Whatever happens inside, the Learner, its callbacks, metrics and data loaders and all random states are afterwards as they were."
@@ -68,7 +68,7 @@ class _Look(Callback):
 
 def _validated(learn, model, n_batches):
     "Validation loss and metrics of `model` in place of the Learner's own"
-    with untouched(learn), learn.no_bar():
+    with as_before(learn), learn.no_bar():
         learn.model = model
         look = _Look(learn.metrics, n_batches)
         learn.validate(cbs=look)
@@ -88,11 +88,11 @@ class _Pruner:
             f"criteria {getattr(how['criteria'], '__name__', how['criteria'])} compares with earlier weights ({', '.join(sorted(bad))}), and there are none without a training: find a sparsity with magnitude, taylor or wanda")
         self.xb = self.yb = None # filters and some criteria want to see a batch
         if how['granularity'] != 'weight' or {'grad', 'act'} & set(self.wants):
-            with untouched(learn): self.xb,self.yb = _split(learn, learn.dls.train.one_batch())
+            with as_before(learn): self.xb,self.yb = _split(learn, learn.dls.train.one_batch())
 
     def __call__(self, sparsity=None, layers=None):
         "A pruned copy, and its `Sparsifier`"
-        with untouched(self.learn):
+        with as_before(self.learn):
             model = copy.deepcopy(self.learn.model)
             if 'grad' in self.wants:
                 for p in model.parameters(): p.requires_grad_(p.is_floating_point())
@@ -358,7 +358,7 @@ def sparsity_report(self:Learner,
     latency:bool|int=False, # Time forward passes of `sample`: True for 30, or how many
 ) -> SparsityReport: # A table, with the totals and `to_frame`, `compare`
     "`fasterprune.report.sparsity_report` of the model. The Learner is left as it was."
-    with untouched(self):
+    with as_before(self):
         if sample is None:
             sample = tuple(x[:1] if isinstance(x, torch.Tensor) else x for x in _split(self, self.dls.valid.one_batch())[0])
         return _report(get_model(self.model), sample, layers, exclude, latency)

@@ -91,7 +91,7 @@ def test_a_criterion_that_fails_in_the_middle_of_a_training_loses_nothing(learne
     calls = []
     def flaky(weight):
         calls.append(1)
-        if len(calls) > 30: raise RuntimeError('no more')
+        if len(calls) > 15: raise RuntimeError('no more')
         return weight.abs()
     learn = learner()
     keys = list(learn.model.state_dict())
