@@ -10,7 +10,7 @@
 Each command writes a JSON file of rows and a table in Markdown into benchmarks/results/small. Timings of one command are
 interleaved: in each round every contestant runs once, in random order; given are medians with quartiles.
 """
-import argparse, copy, gzip, io, json, platform, random, sys, tempfile, time, warnings, zipfile
+import argparse, copy, io, json, platform, random, sys, tempfile, time, warnings, zipfile
 from datetime import date
 from pathlib import Path
 warnings.filterwarnings('ignore')
@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 import fasterprune
 from fasterprune.shrink import shrink
-from fasterprune.sparsifier import Sparsifier, measured_sparsity
-from fasterprune.storage import entropy_bound, load_sparse, pack_gaps, save_sparse
+from fasterprune.sparsifier import Sparsifier
+from fasterprune.storage import entropy_bound, load_sparse, save_sparse
 
 here = Path(__file__).parent/'results/small'
 both = (nn.Conv2d, nn.Linear)

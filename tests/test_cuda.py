@@ -1,6 +1,9 @@
 "On a GPU: the same masks as on a CPU, and no waiting in ordinary steps. Skipped where there is none."
 import copy, pytest, torch, torchvision
+from torch import nn
+from fasterprune.shrink import shrink
 from fasterprune.sparsifier import Sparsifier, measured_sparsity
+from fasterprune.storage import load_sparse, save_sparse
 from conftest import conv_net, fit, make_learner
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
