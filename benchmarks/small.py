@@ -10,7 +10,7 @@
 Each command writes a JSON file of rows and a table in Markdown into benchmarks/results/small. Timings of one command are
 interleaved: in each round every contestant runs once, in random order; given are medians with quartiles.
 """
-import argparse, copy, gzip, io, json, platform, random, sys, tempfile, time, warnings, zipfile
+import argparse, copy, io, json, platform, random, sys, tempfile, time, warnings, zipfile
 from datetime import date
 from pathlib import Path
 warnings.filterwarnings('ignore')
@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 import fasterprune
 from fasterprune.shrink import shrink
-from fasterprune.sparsifier import Sparsifier, measured_sparsity
-from fasterprune.storage import entropy_bound, load_sparse, pack_gaps, save_sparse
+from fasterprune.sparsifier import Sparsifier
+from fasterprune.storage import entropy_bound, load_sparse, save_sparse
 
 here = Path(__file__).parent/'results/small'
 both = (nn.Conv2d, nn.Linear)
@@ -82,8 +82,8 @@ def speed(args):
     m,folder = torchvision.models.resnet50(),Path(tempfile.mkdtemp())
     for s in (0., .5, .9):
         if s: Sparsifier(m).sparsify(s)
-        times = interleaved({'torch.save': lambda: torch.save(m.state_dict(), folder/'a'), 'torch.load': lambda: m.load_state_dict(torch.load(folder/'a')), 'save_sparse': lambda: save_sparse(m, folder/'b'), 'load_sparse': lambda: load_sparse(folder/'b', m)}, 9) \
-            if (torch.save(m.state_dict(), folder/'a'), save_sparse(m, folder/'b')) else None
+        torch.save(m.state_dict(), folder/'a'); save_sparse(m, folder/'b')
+        times = interleaved({'torch.save': lambda: torch.save(m.state_dict(), folder/'a'), 'torch.load': lambda: m.load_state_dict(torch.load(folder/'a')), 'save_sparse': lambda: save_sparse(m, folder/'b'), 'load_sparse': lambda: load_sparse(folder/'b', m)}, 9)
         q = {n: [1e3*x for x in quart(ts)] for n,ts in times.items()}
         rows.append(dict(sparsity=s, ms=q, bytes={n: (folder/n).stat().st_size for n in 'ab'}))
         lines.append([f'{s:.0%}', *(say(q[n], '{:.0f}') for n in ('torch.save', 'save_sparse', 'torch.load', 'load_sparse')), *(f"{(folder/n).stat().st_size/1e6:.1f}" for n in 'ab')])

@@ -30,7 +30,7 @@ class ChannelGroup:
         return (f"ChannelGroup({self.n} channels; written by {names(self.writers)}; read by {names(self.readers)}"
                 + (f"; normed by {names(self.norms)}" if self.norms else '') + (f"; also {', '.join(self.others)}" if self.others else '') + ')')
 
-# %% ../nbs/02a_channels.ipynb #bc2abcb3
+# %% ../nbs/02a_channels.ipynb #34838890
 _convs = (nn.modules.conv._ConvNd,)
 _batchnorms = (nn.modules.batchnorm._BatchNorm,)
 
@@ -84,7 +84,7 @@ class ChannelGraph:
         "The group to which the output channels of `layer` belong."
         n = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         g = ChannelGroup(self.names[layer], n)
-        for item in (raw := self._raw(layer, list(range(n)))):
+        for item in self._raw(layer, list(range(n))):
             m = item.dep.target.module
             if m not in self.names: continue # an operation without parameters
             row = self.names[m],m,list(item.idxs),list(item.root_idxs)

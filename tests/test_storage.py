@@ -7,7 +7,7 @@ from safetensors.numpy import load as load_arrays, save as save_arrays
 from torch import nn
 from fasterprune.all import *
 from fasterprune.storage import _head, _mark, _name
-from conftest import conv_net
+from conftest import conv_net, fit
 
 def bits(t): return t.detach().resolve_conj().resolve_neg().flatten().clone().as_strided((t.numel(),), (1,)).view(torch.uint8).numpy().tobytes()
 def same_bits(a, b): return list(a) == list(b) and all((a[k].dtype, a[k].shape, bits(a[k])) == (b[k].dtype, b[k].shape, bits(b[k])) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
@@ -50,6 +50,11 @@ def test_zeros_with_a_sign_cost_one_bit_and_plain_ones_none():
     w = torch.randn(200_000); w[torch.rand(len(w)) < .9] = 0.
     plain,signed = len(pack_state({'w': w})),len(pack_state({'w': torch.where(w == 0, torch.randn(len(w)).sign()*0., w)}))
     assert plain*8/len(w) < entropy_bound(.9) and 0 < (signed-plain)*8/len(w) < 1.2
+
+def test_a_training_ends_with_plain_zeros(learner):
+    learn = learner(); fit(learn, cbs=SparsifyCallback(.8))
+    for m in learn.model.modules():
+        if isinstance(m, nn.Conv2d): assert (m.weight == 0).float().mean() > .7 and not torch.signbit(m.weight[m.weight == 0]).any()
 
 @pytest.mark.parametrize('sparsity', [0., .5, .8, .9, .99])
 @pytest.mark.parametrize('granularity', ['weight', 'filter', 'kernel'])
