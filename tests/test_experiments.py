@@ -150,6 +150,11 @@ def test_every_contestant_reaches_the_target_in_the_same_number_of_steps(name):
     r = run_one(name, .8, epochs=2, dls=dls)
     assert r['steps'] == 4 and r['measured'] == pytest.approx(.8, abs=1e-3) and 0 <= r['accuracy'] <= 1
 
+def test_a_cut_at_the_end_of_an_epoch_is_counted_there():
+    "One-shot at 40 % of five epochs falls between the second and the third"
+    r = run_one('oneshot', .8, epochs=5, dls=load_data('digits', bs=64, images=256))
+    assert r['steps'] == 20 and min(step for step,s in r['curve'] if s > .7) == 8
+
 def test_alpha_and_beta_by_name():
     assert [onecycle_params(n) for n in ('onecycle', 'onecycle6', 'onecycle_14_5.5', 'onecycle_7_-1', 'agp', 'onecycle_a_b')] == [(14, 5), (14, 6), (14, 5.5), (7, -1), None, None]
     assert find_schedule('onecycle_14_5')(0., .9, .5) == pytest.approx(.881*.9, abs=1e-3)
