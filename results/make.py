@@ -47,7 +47,7 @@ def advice():
         if r['schedule'] == 'dense': dense.setdefault(r['lr'], {})[r['seed']] = 100*r['accuracy']
     text.append('\n'.join(f"Dense at lr {lr:g}: {np.mean(list(a.values())):.2f} ± {np.std(list(a.values()), ddof=1):.2f} % ({len(a)} seeds)." for lr,a in sorted(dense.items())))
     pruned = [r for r in every if r['schedule'] != 'dense']
-    text += [summarize(pruned, False), paired(pruned, next(iter(by_label(pruned, .95))))]
+    text += [summarize(pruned, False), paired(pruned, 'onecycle, lr 0.01 lamp')]
     (here/'advice'/'table.md').write_text('\n\n'.join(text)+'\n')
 
 def readme():
