@@ -143,7 +143,7 @@ def _begin(self:SparsifyCallback, model):
 @patch
 def _trainable(self:SparsifyCallback, sp): return [l for u in sp.units if all(l.module.weight.requires_grad for l in u.layers) for l in u.layers]
 
-# %% ../nbs/04_callback.ipynb #418efc8b
+# %% ../nbs/04_callback.ipynb #5d15968a
 @patch
 def _pos(self:SparsifyCallback):
     "Fraction of the pruning phase done; negative before it"
@@ -161,8 +161,8 @@ def _prune(self:SparsifyCallback, pos=None):
     if s is None or not (pos == 1 or self.learn.iter == 0 or self._due(s)): return
     if 'grad' in sp.wants and not any('grad' in l.state for l in layers): return # after the first backward pass
     measured = self._record.sparsity_measured
-    if sp.update(s, self.learn.xb, layers) and (not measured or step - measured[-1][0] >= self.learn.n_iter*self.learn.n_epoch/100):
-        measured.append((step, float(sp.measure()))) # to count takes a while too: a hundred times in a fit are enough
+    if sp.update(s, self.learn.xb, layers) and (not measured or step == measured[-1][0] or step - measured[-1][0] >= self.learn.n_iter*self.learn.n_epoch/100):
+        measured.append((step, float(sp.measure()))) # to count takes a while too: a hundred times in a fit are enough, and after an epoch's last count
     self._last = s
 
 @patch

@@ -595,7 +595,7 @@ def _pool(workers, dask):
                                                        "start the workers with --nthreads 1 (and --nworkers for more of them)")
         with parallel_config('dask', n_jobs=len(threads), wait_for_workers_timeout=20): yield len(threads)
 
-# %% ../nbs/09_experiments.ipynb #90a26bc6
+# %% ../nbs/09_experiments.ipynb #b8238ef5
 _newer = dict(augment='shift', images=None, pretrained=False) # settings of later versions: a training that has them at their first values keeps its key
 
 def compare(
@@ -623,7 +623,7 @@ def compare(
             c = dict(config, schedule=name, sparsity=s, seed=seed)
             if name == 'dense': c.update(granularity='weight', context='local', exclude='')
             decides = {k: v for k,v in c.items() if k not in _newer or v != _newer[k]} # the same data in another place is the same data
-            todo[run_key(dict(decides, folder=Path(path).name) if c['data'] == 'folder' else decides)] = c
+            todo[run_key(dict(decides, folder=Path(path or '').name) if c['data'] == 'folder' else decides)] = c
     def done(): return {r['key']: r for r in results.rows() if r['key'] in todo}
     have,spent = len(done()),[]
     if have: say(f'{have} of {len(todo)} trainings are in {results.file} already')

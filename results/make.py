@@ -47,11 +47,7 @@ def advice():
         if r['schedule'] == 'dense': dense.setdefault(r['lr'], {})[r['seed']] = 100*r['accuracy']
     text.append('\n'.join(f"Dense at lr {lr:g}: {np.mean(list(a.values())):.2f} ± {np.std(list(a.values()), ddof=1):.2f} % ({len(a)} seeds)." for lr,a in sorted(dense.items())))
     pruned = [r for r in every if r['schedule'] != 'dense']
-    for s in sorted({r['sparsity'] for r in pruned}):
-        groups = by_label(pruned, s)
-        text.append('\n'.join(['| sparsity asked | recipe | accuracy, last epoch (%) | seeds |', '|---:|---|---:|---:|',
-            *(f"| {s:g} | {k} | {np.mean([100*r['accuracy'] for r in g]):.2f} ± {np.std([100*r['accuracy'] for r in g], ddof=1):.2f} | {len(g)} |" for k,g in groups.items())]))
-        text.append(paired([r for r in pruned if r['sparsity'] == s], next(iter(groups))))
+    text += [summarize(pruned, False), paired(pruned, 'onecycle, lr 0.01 lamp')]
     (here/'advice'/'table.md').write_text('\n\n'.join(text)+'\n')
 
 def readme():

@@ -9,7 +9,8 @@ small = ['--schedules', 'oneshot,onecycle', '--epochs', '1', '--seeds', '2', '--
 n_runs = 2*3
 timing = ('seconds', 'date', 'threads')
 
-def start(out, *args): return subprocess.Popen([command, *small, '--out', out, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def listen_to_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL) # what a shell starts in the background is deaf to it
+def start(out, *args): return subprocess.Popen([command, *small, '--out', out, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen_to_ctrl_c)
 def run(out, *args):
     p = start(out, *args)
     text,err = p.communicate(timeout=300)

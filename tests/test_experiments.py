@@ -150,6 +150,11 @@ def test_every_contestant_reaches_the_target_in_the_same_number_of_steps(name):
     r = run_one(name, .8, epochs=2, dls=dls)
     assert r['steps'] == 4 and r['measured'] == pytest.approx(.8, abs=1e-3) and 0 <= r['accuracy'] <= 1
 
+def test_a_cut_at_the_end_of_an_epoch_is_counted_there():
+    "One-shot at 40 % of five epochs falls between the second and the third"
+    r = run_one('oneshot', .8, epochs=5, dls=load_data('digits', bs=64, images=256))
+    assert r['steps'] == 20 and min(step for step,s in r['curve'] if s > .7) == 8
+
 def test_alpha_and_beta_by_name():
     assert [onecycle_params(n) for n in ('onecycle', 'onecycle6', 'onecycle_14_5.5', 'onecycle_7_-1', 'agp', 'onecycle_a_b')] == [(14, 5), (14, 6), (14, 5.5), (7, -1), None, None]
     assert find_schedule('onecycle_14_5')(0., .9, .5) == pytest.approx(.881*.9, abs=1e-3)
@@ -232,7 +237,8 @@ def test_two_dask_workers_give_the_table_of_one_process(alone, tmp_path):
 @pytest.mark.fault
 def test_ctrl_c_with_two_workers_and_go_on(alone, tmp_path):
     code = f"from fasterprune.experiments import *; fasterprune_compare(schedules='onecycle', sparsities='0.9', epochs=1, seeds=2, device='cpu', workers=2, out={str(tmp_path)!r})"
-    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deaf_no_more = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) # what a shell starts in the background does not hear Ctrl-C
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=deaf_no_more)
     for line in p.stdout:
         if line.startswith('['): break
     os.killpg(p.pid, signal.SIGINT) # as a terminal does: to all of them
