@@ -507,7 +507,7 @@ def select_blocks_sorted(
             s.layer.n_dead = len(s) - int(kept.sum())
     return write, saved
 
-# %% ../nbs/03_sparsifier.ipynb #3d166da0
+# %% ../nbs/03_sparsifier.ipynb #a9b00750
 class TiedLayers:
     "Layers whose filters make the same channels, one filter each: what is scored, selected and pruned as one layer."
     def __init__(self,
@@ -554,7 +554,7 @@ class TiedLayers:
     @torch.no_grad()
     def apply_grad(self):
         "As for `PrunedLayer`"
-        for u in self.units: u.apply_grad()
+        for l in self.layers: l.apply_grad()
         self._silence(lambda m,nm: getattr(m, nm).grad)
 
     def _silence(self, tensor):
@@ -816,7 +816,7 @@ def _inputs(self:Sparsifier, l, act):
     known = dict(weight=l.weight, grad=grad, act=act.get(l.module), name=l.name, **{k: l.state[k] for k in ('init', 'prev') if k in l.state})
     return {k: known[k] for k in self.wants}
 
-# %% ../nbs/03_sparsifier.ipynb #ea400be2
+# %% ../nbs/03_sparsifier.ipynb #42b16fcf
 @patch
 def apply(self:Sparsifier):
     "Set all pruned weights to zero again, after an optimizer step for instance."
@@ -832,7 +832,7 @@ def drop_signs(self:Sparsifier):
 @patch
 def apply_grad(self:Sparsifier):
     "Set the gradients of all pruned weights to zero, before their norm is taken for instance."
-    for l in self.layers: l.apply_grad()
+    for u in self.units: u.apply_grad()
 
 @patch
 def record_grad(self:Sparsifier,

@@ -110,13 +110,13 @@ def test_lifecycle(tmp_path, way, companion, opt, context):
     assert not hasattr(learn, 'sparsify')
 
 @pytest.mark.parametrize('companion', ['plain', 'accumulation_last_batch_not_stepping', 'clip', 'bf16', 'fp16_skipped_steps', 'mixup', 'early_stopping', 'channels_last'])
-@pytest.mark.parametrize('granularity,criteria', [('filter', magnitude), ('weight', wanda), ('filter', wanda), ('kernel', taylor), ('weight', movement)])
-def test_other_blocks_and_criteria(tmp_path, companion, granularity, criteria):
+@pytest.mark.parametrize('granularity,criteria,tied', [('filter', magnitude, False), ('weight', wanda, False), ('filter', wanda, True), ('filter', taylor, True), ('kernel', taylor, False), ('weight', movement, False)])
+def test_other_blocks_and_criteria(tmp_path, companion, granularity, criteria, tied):
     "The companions that change a step must get on with samples looked at, gradients recorded and BatchNorms pruned along"
     learn = make_learner(opt_func=partial(SGD, mom=.9, wd=.01), path=tmp_path)
     with warnings.catch_warnings(), learn.no_bar(), learn.no_logging():
         warnings.simplefilter('ignore')
-        learn.fit_one_cycle(3, 1e-2, cbs=[SparsifyCallback(.6, granularity, 'global', criteria), Watch(), *companions[companion]()])
+        learn.fit_one_cycle(3, 1e-2, cbs=[SparsifyCallback(.6, granularity, 'global', criteria, tied=tied), Watch(), *companions[companion]()])
     rows = measured_sparsity(learn.model, granularity=granularity).rows
     n,dead = sum(r[4] for r in rows), sum(r[5] for r in rows)
     if companion == 'early_stopping': assert dead/n in [pytest.approx(v) for _,v in learn.recorder.sparsity_measured]

@@ -182,6 +182,18 @@ def test_tied_filters_die_together_in_exact_numbers(sparsity, context, criteria,
         assert [small.stem.out_channels, small.up.out_channels, small.dw.groups, small.grow.out_channels] == [n[0]-dead[0], n[1]-dead[1], n[1]-dead[1], n[2]-dead[2]]
         assert close(outputs(m, x), outputs(small, x))
 
+def test_gradients_of_tied_filters_and_their_norms_do_not_count():
+    model,x = res(), torch.randn(2, 4, 8, 8)
+    sp = Sparsifier(model, 'filter', tied=True, sample=x)
+    sp.sparsify(.5)
+    model(x).square().sum().backward()
+    sp.apply_grad()
+    for l in sp.layers:
+        dead = ~l.keep.flatten()
+        assert dead.any() and (l.module.weight.grad[dead] == 0).all() and (l.module.weight.grad[~dead] != 0).any()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(((m.weight == 0) <= (m.weight.grad == 0)).all() and ((m.weight == 0) <= (m.bias.grad == 0)).all() for m in norms)
+
 def test_the_score_of_a_group_is_the_mean_over_all_its_weights():
     m,x = res(),torch.randn(2, 4, 8, 8)
     w = torch.cat([m.stem.weight.flatten(1), m.down.weight.flatten(1)], 1).abs().mean(1)
