@@ -15,8 +15,8 @@ from .channels import *
 from .report import *
 from .find import *
 from .storage import *
-from .shrink import *
-from .learner import *
-from .lottery import *
+
+
+
 
 __all__ = [n for n in dir() if not n.startswith('_')] # all that came in by the stars above
