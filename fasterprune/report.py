@@ -4,7 +4,7 @@
 
 # %% ../nbs/05_report.ipynb #553a8b35
 from __future__ import annotations
-import copy, html, time
+import copy, html, math, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 import numpy as np, torch
@@ -32,20 +32,37 @@ def sparse_bytes(
     return min(dense_bytes(t), -(-t.numel()//8) + int(t.count_nonzero())*t.element_size())
 
 # %% ../nbs/05_report.ipynb #a5f29b42
+_fused_attention = ('_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_fused_attention_overrideable',
+                    '_scaled_dot_product_attention_math_for_mps')
+
+def _attention_flops(
+    q, k, v, # Shapes (batch, heads, positions, width) of queries, keys and values
+    *args, out_shape=None, **kwargs,
+) -> int: # Two for each multiplication with its addition
+    "FLOPs of `softmax(q·kᵀ)·v`: every query with every key, and the products of these with the values."
+    *batch,positions,width = q
+    return 2 * math.prod(batch) * positions * k[-2] * (width + v[-1])
+
+# %% ../nbs/05_report.ipynb #8472c77e
 @contextmanager
 def _slow_attention():
-    "The fused attention of eval mode is one operation that the counter does not know"
+    "Inside, `nn.MultiheadAttention` runs as operations that the counter knows."
     on = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try: yield
     finally: torch.backends.mha.set_fastpath_enabled(on)
+
+def _counter():
+    "PyTorch's counter, with a formula for each fused attention that this version of PyTorch has"
+    ops = [getattr(torch.ops.aten, n) for n in _fused_attention if hasattr(torch.ops.aten, n)]
+    return FlopCounterMode(display=False, custom_mapping={op: _attention_flops for op in ops})
 
 def count_flops(
     model:nn.Module, # Any network
     sample, # A batch of inputs, a tensor or a tuple
 ) -> dict: # From the name of each module that counted any to its FLOPs; '' is the whole model
     "FLOPs of one forward pass of `sample`, in eval mode, as `torch.utils.flop_counter` counts them; `model` is left as it was."
-    with untouched(model), torch.no_grad(), _slow_attention(), FlopCounterMode(display=False) as counter: model(*_as_inputs(sample))
+    with untouched(model), torch.no_grad(), _slow_attention(), _counter() as counter: model(*_as_inputs(sample))
     counts = {k.partition('.')[2]: sum(v.values()) for k,v in counter.get_flop_counts().items() if k != 'Global'}
     return counts | {'': counter.get_total_flops()}
 

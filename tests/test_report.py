@@ -83,6 +83,21 @@ def test_a_transformer_has_no_conv_and_its_attention_is_counted():
     assert sparsity_report(m, layers=nn.Linear).total('params', in_scope=True) > 0
     assert torch.backends.mha.get_fastpath_enabled()
 
+class Products(nn.Module):
+    "Attention and nothing else"
+    def __init__(self, **kw): super().__init__(); self.kw = kw
+    def forward(self, q, k, v): return nn.functional.scaled_dot_product_attention(q, k, v, **self.kw)
+
+@pytest.mark.parametrize('q,k,v,kw', [
+    ((2, 3, 10, 4), (2, 3, 10, 4), (2, 3, 10, 4), {}), ((2, 3, 10, 4), (2, 3, 7, 4), (2, 3, 7, 5), {}), ((2, 10, 4), (2, 10, 4), (2, 10, 4), {}),
+    ((2, 3, 10, 4), (2, 3, 10, 4), (2, 3, 10, 4), dict(is_causal=True)), ((1, 4, 6, 8), (1, 2, 6, 8), (1, 2, 6, 8), dict(enable_gqa=True))], ids=str)
+def test_every_form_of_attention_is_counted(q, k, v, kw):
+    "Fused or not: which form runs is PyTorch's choice, and depends on its version"
+    wanted = 2 * int(np.prod(q[:-1])) * k[-2] * (q[-1] + v[-1])
+    inputs = torch.randn(q), torch.randn(k), torch.randn(v)
+    assert count_flops(Products(**kw), inputs)[''] == wanted
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): assert count_flops(Products(**kw), inputs)[''] == wanted
+
 @pytest.mark.parametrize('m,x', [(nn.ReLU(), torch.ones(1)), (nn.Sequential(), torch.ones(1)), (nn.BatchNorm2d(3), torch.ones(1, 3, 2, 2)), (nn.Conv2d(1, 1, 1, bias=False), torch.ones(1, 1, 1, 1)),
                                  (nn.GRU(2, 3), torch.ones(1, 1, 2)), (nn.Conv2d(2, 2, 1).half(), torch.ones(1, 2, 2, 2).half()), (nn.DataParallel(nn.Conv2d(2, 2, 1)), torch.ones(1, 2, 2, 2)),
                                  (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))), torch.ones(1, 2))], ids=lambda m: type(m).__name__)
