@@ -29,7 +29,7 @@ def unwrap(
 def _device(model): return next((p.device for p in model.parameters()), torch.device('cpu'))
 
 def _plain(x, device):
-    if isinstance(x, Tensor): return x.detach().as_subclass(Tensor).to(device)
+    if isinstance(x, Tensor): return x.detach().as_subclass(Tensor).to(device).clone()
     if isinstance(x, dict): return {k: _plain(v, device) for k,v in x.items()}
     if type(x) in (list, tuple): return type(x)(_plain(v, device) for v in x)
     return x
@@ -37,7 +37,7 @@ def _plain(x, device):
 def as_inputs(
     sample, # A batch of inputs: a tensor, or a tuple or list of them
     model:nn.Module, # The network that they are for
-) -> tuple: # Plain tensors where the network is
+) -> tuple: # Copies, as plain tensors, where the network is
     "`sample` as the tuple of inputs of `model`."
     if sample is None: raise ValueError("pass sample=, a batch of inputs for the model")
     entries = sample if isinstance(sample, (tuple, list)) else (sample,)
@@ -78,8 +78,14 @@ def _marks_kept(model):
             if p.requires_grad != mark: p.requires_grad_(mark)
 
 # %% ../nbs/05_probe.ipynb #7aac0b76
-def _as_written(): # nothing can have been compiled before the compiler was imported
-    return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
+@contextmanager
+def _as_written():
+    "Neither compiled code nor PyTorch's shortcut for attention, which both leave out the layers' hooks"
+    shortcut,compiled = torch.backends.mha.get_fastpath_enabled(),'torch._dynamo' in sys.modules # else nothing can have been compiled
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance('force_eager') if compiled else nullcontext(): yield
+    finally: torch.backends.mha.set_fastpath_enabled(shortcut)
 
 @contextmanager
 def untouched(
