@@ -8,233 +8,22 @@ import math
 from typing import Callable
 from torch import nn
 from fastcore.basics import patch
-from fastai.callback.core import Callback
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import SaveModelCallback
-from fastai.callback.training import GradientAccumulation
-from fastai.learner import Recorder
+from .budget import check_settings
 from .criteria import magnitude
+from .events import ZerosCallback
 from .granularity import final_sparsity
 from .layers import tell
-from .probe import unwrap
 from .schedules import check_schedule, sched_onecycle
-from .sparsifier import Sparsifier, check_settings, check_sparsity
+from .sparsifier import Sparsifier
+from .sparsity import check_sparsity
 from .tables import shortened
 
 # %% auto #0
-__all__ = ['reads_gradients', 'SparsifyCallback', 'KeepSparsity']
+__all__ = ['SparsifyCallback', 'KeepSparsity']
 
-# %% ../nbs/10_callback.ipynb #883e3d51
-class _Helper(Callback):
-    "Hands events on to the callback that it belongs to"
-    run_valid = False
-    def __init__(self, owner): self.owner = owner
-    @property
-    def name(self): return f'{self.owner.name}_{type(self).__name__.strip("_").lower()}'
-
-class _First(_Helper):
-    "Comes before all other callbacks"
-    order = -1_000_000
-    def before_fit(self): self.owner._bind(self.learn)
-    def after_backward(self): self.owner._mask_grads()
-    def after_step(self): self.owner._mask_weights()
-    def after_epoch(self): self.owner._write_column()
-
-class _Last(_Helper):
-    "Comes after all other callbacks"
-    order = 1_000_000
-    def before_train(self): self.owner._train_begins()
-    def before_batch(self): self.owner._step()
-    def after_train(self): self.owner._train_ends()
-    def before_validate(self): self.owner._before_validate()
-    def after_cancel_epoch(self): self.owner._train_ends()
-    def after_cancel_fit(self): self.owner._cancelled()
-    def after_fit(self): self.owner._fit_ends()
-
-# %% ../nbs/10_callback.ipynb #f9de30f3
-class _ZerosCallback(Callback):
-    "Keeps the zeros of a `Sparsifier` during a fit; what `SparsifyCallback` and `KeepSparsity` have in common."
-    order,run_valid = Recorder.order+1,False
-    sparsifier,_opening,_disturbed = None,False,False
-
-    @property
-    def learn(self): return self.__dict__.get('_learn')
-    @learn.setter
-    def learn(self, learn):
-        self._leave()
-        self.__dict__['_learn'] = learn
-        if learn is not None: self._bind(learn)
-
-    def _leave(self):
-        "Removed from a Learner, perhaps by an exception: leave zeros behind, and no helpers"
-        if self.learn is None: return
-        self._hold()
-        self.sparsifier = None
-        self.learn.remove_cbs([cb for cb in self.learn.cbs if isinstance(cb, _Helper) and cb.owner is self])
-
-    def _bind(self, learn):
-        "Work on `learn` from now on; a callback can be on several Learners"
-        self.__dict__['_learn'] = learn
-        have = [type(cb) for cb in learn.cbs if isinstance(cb, _Helper) and cb.owner is self]
-        learn.add_cbs([kind(self) for kind in (_First, _Last) if kind not in have])
-
-# %% ../nbs/10_callback.ipynb #391d041e
-@patch
-def _idle(self:_ZerosCallback): return hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
-
-@patch
-def before_fit(self:_ZerosCallback):
-    if hasattr(self.learn, 'lr_finder'): return
-    if not self._idle(): self._opening = True
-    if self._opening or self.sparsifier is not None: self._add_column()
-
-@patch
-def _train_begins(self:_ZerosCallback):
-    "The first one after `before_fit` begins a fit"
-    if self._idle(): return
-    if self._opening: self.sparsifier,self._opening,self._n_epoch = None,False,self.learn.n_epoch
-    self._disturbed,self._n_iter,self._measured = False,len(self.learn.dl),None
-
-@patch
-def _fit_ends(self:_ZerosCallback):
-    if self._idle() or self._opening: # not a fit, but a validation or predictions; fastai has set its counters to zero
-        self._opening,self._disturbed = False,True
-        if self.sparsifier is not None: self._add_column()
-        return
-    if self.sparsifier is not None: self._finish()
-    self.sparsifier = None
-
-@patch
-def _finish(self:_ZerosCallback): self._hold()
-
-# %% ../nbs/10_callback.ipynb #aa49257b
-@patch
-def _pct(self:_ZerosCallback):
-    "Fraction of the training done, in [0, 1)"
-    if not self._disturbed: return self.learn.pct_train
-    return (self.learn.epoch + self.learn.iter/self._n_iter) / self._n_epoch
-
-# %% ../nbs/10_callback.ipynb #494774e8
-_writing_events = ('after_step', 'after_cancel_step', 'after_cancel_batch', 'after_batch', 'before_batch', 'before_train', 'before_epoch', 'after_epoch')
-
-def _is_fastai(cb): return type(cb).__module__.split('.')[0] == 'fastai'
-
-def _defines(cb, events): return any(hasattr(type(cb), e) or e in vars(cb) for e in events)
-
-def _may_write(cb):
-    if _is_fastai(cb) or isinstance(cb, (_ZerosCallback, _Helper)): return False
-    return _defines(cb, _writing_events)
-
-@patch
-def _hold(self:_ZerosCallback,
-    moved:bool=False, # Only what has been written to?
-):
-    "Pruned weights are zero"
-    if self.sparsifier is not None: self.sparsifier.apply(moved)
-
-@patch
-def _before_validate(self:_ZerosCallback):
-    if not (self._idle() or self._opening): self._hold()
-
-@patch
-def _mask_weights(self:_ZerosCallback):
-    if self.sparsifier is None or self._idle(): return
-    if not (self._reads_grads and self.sparsifier.regrow): self.sparsifier.record_grad()
-    self._hold()
-
-@patch
-def _step(self:_ZerosCallback):
-    "Just before the forward pass"
-    if self._idle(): return
-    if self.sparsifier is None: self._start()
-    elif self.sparsifier.model is not unwrap(self.learn.model): self.sparsifier.move_to(self.learn.model)
-    self._prune()
-    self._hold(moved=not self._strangers)
-
-@patch
-def _start(self:_ZerosCallback):
-    "First batch of a fit"
-    self._strangers,self._reads_grads = any(map(_may_write, self.learn.cbs)), reads_gradients(self.learn)
-    self._record.sparsity_scheduled,self._record.sparsity_measured = [],[]
-    self.sparsifier = self._begin(unwrap(self.learn.model))
-
-@patch
-def _prune(self:_ZerosCallback): pass
-@patch
-def _train_ends(self:_ZerosCallback):
-    if not self._opening: self._hold()
-@patch
-def _cancelled(self:_ZerosCallback): pass
-
-# %% ../nbs/10_callback.ipynb #c3acdbbf
-_one_by_one = {'weight_decay', 'l2_reg', 'average_grad', 'average_sqr_grad', 'momentum_step', 'step_stat', 'sgd_step', 'rms_prop_step',
-               'adam_step', 'radam_step', 'qhadam_step'} # of fastai's optimizers
-_one_by_one_torch = {'SGD', 'Adam', 'AdamW', 'NAdam', 'RAdam', 'RMSprop', 'Adagrad', 'Adamax', 'Adadelta'}
-_reading_events = ('after_backward', 'after_cancel_backward', 'before_step', 'after_step', 'after_cancel_step', 'after_cancel_batch')
-
-def _looks_at_norms(opt):
-    "Does the optimizer's step of a weight depend on other gradients than its own? True if it is not known"
-    inner = getattr(opt, 'opt', opt)
-    if type(inner).__module__.startswith('torch.optim'): return type(inner).__name__ not in _one_by_one_torch
-    steps = getattr(inner, 'cbs', None)
-    return type(inner).__name__ != 'Optimizer' or steps is None or not {getattr(s, '__name__', '') for s in steps} <= _one_by_one
-
-def reads_gradients(
-    learn, # The Learner
-) -> bool: # True if in doubt
-    "Does a callback or the optimizer look at more than one gradient at a time?"
-    harmless = (GradientAccumulation, MixedPrecision, _ZerosCallback, _Helper)
-    others = [cb for cb in learn.cbs if not isinstance(cb, harmless)]
-    return _looks_at_norms(learn.opt) or any(_defines(cb, _reading_events) for cb in others)
-
-# %% ../nbs/10_callback.ipynb #538083e9
-@patch
-def _mask_grads(self:_ZerosCallback):
-    "After the backward pass, before anyone else sees the gradients"
-    if self.sparsifier is None or self._idle() or not self._reads_grads: return
-    if self.sparsifier.regrow: self.sparsifier.record_grad() # a criterion wants those of pruned weights, too
-    self.sparsifier.apply_grad()
-
-# %% ../nbs/10_callback.ipynb #9b81fcfd
-@patch(as_prop=True)
-def _record(self:_ZerosCallback):
-    "Where the history goes: the Recorder; this callback itself if the Learner has none, or another one was first"
-    return self.learn.recorder if hasattr(self.learn, 'recorder') and self._is_first() else self
-
-@patch
-def _is_first(self:_ZerosCallback): return self is next(cb for cb in self.learn.cbs if isinstance(cb, _ZerosCallback))
-
-@patch(as_prop=True)
-def _column(self:_ZerosCallback):
-    ours = [cb for cb in self.learn.cbs if isinstance(cb, _ZerosCallback)]
-    return 'sparsity' if self._is_first() else f'sparsity {ours.index(self)+1}'
-
-@patch
-def _add_column(self:_ZerosCallback):
-    recorder = getattr(self.learn, 'recorder', None)
-    names = getattr(recorder, 'metric_names', None)
-    if names is None or self._column in names: return
-    i = len(names) - (names[-1] == 'time')
-    recorder.metric_names = names[:i] + [self._column] + names[i:]
-
-@patch
-def after_validate(self:_ZerosCallback):
-    if self.sparsifier is None or self._idle() or self._opening: return
-    self._measured = float(self.sparsifier.measure())
-    self._record.sparsity_measured.append((self._n_steps(), self._measured))
-
-@patch
-def _write_column(self:_ZerosCallback):
-    recorder = getattr(self.learn, 'recorder', None)
-    if self.sparsifier is None or recorder is None or self._idle() or self._opening: return
-    if self._measured is None: self._measured = float(self.sparsifier.measure())
-    recorder.log.append(self._measured)
-
-@patch
-def _n_steps(self:_ZerosCallback): return round(self.learn.epoch*self._n_iter + self.learn.iter + 1) if self._disturbed else self.learn.train_iter
-
-# %% ../nbs/10_callback.ipynb #99973eca
-class SparsifyCallback(_ZerosCallback):
+# %% ../nbs/10_callback.ipynb #aa4d07aa
+class SparsifyCallback(ZerosCallback):
     "Prune the network while it trains, so that it ends at exactly `sparsity`."
     _overshot = False
     def __init__(self,
@@ -263,7 +52,7 @@ class SparsifyCallback(_ZerosCallback):
 
     def _targets(self): return list(self.target.values()) if isinstance(self.target, dict) else [self.target]
 
-# %% ../nbs/10_callback.ipynb #8f608de4
+# %% ../nbs/10_callback.ipynb #be122975
 def _check_pattern(granularity, targets):
     "A pattern ends at its own sparsity"
     end = final_sparsity(granularity)
@@ -328,7 +117,7 @@ def _check_phase(self:SparsifyCallback):
 @patch
 def _end(self:SparsifyCallback): return self._n_epoch if self.end_epoch is None else self.end_epoch
 
-# %% ../nbs/10_callback.ipynb #48e8d221
+# %% ../nbs/10_callback.ipynb #8b78ee1e
 @patch
 def _tell_frozen(self:SparsifyCallback, names, n):
     coupled = ' (or coupled to one that is)' if self.how['coupled'] else ''
@@ -366,7 +155,7 @@ def _due(self:SparsifyCallback, s):
     now,last = (max(d.values()) if isinstance(d, dict) else d for d in (s, self._last))
     return now != last and abs(now-last) >= self.min_change*(1-last)
 
-# %% ../nbs/10_callback.ipynb #d73d0248
+# %% ../nbs/10_callback.ipynb #6ff9d85b
 @patch
 def _prune_to(self:SparsifyCallback, s, groups, **kwargs):
     sp = self.sparsifier
@@ -404,7 +193,7 @@ def _zeros_to_masks(self:SparsifyCallback, end, groups):
     for g,row in rows.items(): g.set(row)
     return True
 
-# %% ../nbs/10_callback.ipynb #77d62635
+# %% ../nbs/10_callback.ipynb #318fcfe8
 @patch
 def _cancelled(self:SparsifyCallback):
     "Told now; the end will find nothing new to say"
@@ -435,7 +224,7 @@ def _tell_reloaded(self:SparsifyCallback):
 # %% ../nbs/10_callback.ipynb #c4c9e08e
 def _plain_weight(name, module): return module._parameters.get('weight') is not None
 
-class KeepSparsity(_ZerosCallback):
+class KeepSparsity(ZerosCallback):
     "Keep the zeros that are in the weights of conv and linear layers: train on without losing sparsity."
     def __init__(self,
         layers=_plain_weight, # A type or several, names, or a function `(name, module) -> bool`; all that can be pruned
