@@ -204,6 +204,8 @@ def _plan(given, seeds, first_seed, recipe, settings):
     return grid(given, seeds, settings),seeds
 
 # %% ../../nbs/experiments/10_study.ipynb #afce2114
+def _only(**given): return {k: v for k,v in given.items() if v is not None}
+
 def _named(given, settings):
     "Settings under the names that recipes have for them"
     plural = dict(schedule='schedules', sparsity='sparsities')
@@ -240,7 +242,8 @@ def compare(
 ) -> Comparison: # A table of the rows
     "Train what is not in `out` yet: for each seed the dense network, then each contestant at each sparsity."
     if rank_distrib(): say = lambda s: None # the first of several processes tells, and writes
-    todo,seeds = _plan(_named(given, settings) | dict(schedules=schedules, sparsities=sparsities), seeds, first_seed, recipe, settings)
+    given = _named({**given, **_only(schedules=schedules, sparsities=sparsities)}, settings)
+    todo,seeds = _plan(given, seeds, first_seed, recipe, settings)
     check_process(device, workers, seeds)
     for s in todo: check_budget(s); check_pruning(s)
     log,results = _check_log(log, out),_InMemory() if out is None else Results(out)
