@@ -34,9 +34,9 @@ def test_prunes_exactly(name, make, size, layers, granularity, context):
     assert all(torch.equal(m.state_dict()[k], v) for k,v in state.items()) # looking for what follows what left no trace
     with warnings.catch_warnings():
         warnings.simplefilter('ignore'); r = sp.sparsify(.5)
-    n,dead = [l.n for l in sp.layers],[l.n_dead for l in sp.layers]
+    n,dead = [g.n for g in sp.groups],[g.n_pruned for g in sp.groups]
     assert sum(dead) == (round(.5*sum(n)) if context == 'global' else sum(min(round(.5*k), k-1) for k in n))
-    for l,row in zip(sp.layers, r.rows): assert row[5] == l.n_dead or row[5] == l.n # the head of a vision transformer starts at zero
+    for g,row in zip(sp.groups, r.rows): assert row[5] == g.n_pruned or row[5] == g.n # the head of a vision transformer starts at zero
     m.eval()
     with torch.no_grad(): assert m(x).isfinite().all()
     if granularity == 'filter': _dead_filters_are_silent(m, sp, x)
@@ -47,15 +47,15 @@ def _remember(where, name):
 
 def _dead_filters_are_silent(m, sp, x):
     out,norms = {},{}
-    for l in sp.layers:
-        l.module.register_forward_hook(_remember(out, l.name))
-        for n,names in l.linked:
-            if n is not l.module: n.register_forward_hook(_remember(norms, l.name))
+    for g in sp.groups:
+        g.layers[0].module.register_forward_hook(_remember(out, g.name))
+        for d in g.dependents:
+            if d.module is not g.layers[0].module and d.channels.tolist() == list(range(g.n)): d.module.register_forward_hook(_remember(norms, g.name))
     with torch.no_grad(): m(x)
-    for l in sp.layers:
+    for l in sp.groups:
         if l.name not in out: continue
-        dead = ~l.keep.flatten()
-        channel = lambda o: o.movedim(-1 if isinstance(l.module, nn.Linear) else 1, 0)
+        dead = ~l.mask
+        channel = lambda o: o.movedim(-1 if isinstance(l.layers[0].module, nn.Linear) else 1, 0)
         assert (channel(out[l.name])[dead] == 0).all(), l.name
         if l.name in norms: assert (channel(norms[l.name])[dead] == 0).all(), l.name
 
