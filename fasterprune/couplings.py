@@ -5,7 +5,7 @@
 # %% ../nbs/05c_couplings.ipynb #1680bf77
 from __future__ import annotations
 import math
-import torch
+import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch
 from .flow import Labels, n_channels
@@ -13,7 +13,7 @@ from .granularity import prunable_types
 from .shadows import channel_dim, follow, norm_types, storage, tensors
 
 # %% auto #0
-__all__ = ['Couplings', 'is_depthwise', 'find_couplings']
+__all__ = ['Couplings', 'is_depthwise', 'find_couplings', 'labels_of']
 
 # %% ../nbs/05c_couplings.ipynb #f1e73ffc
 def _varies(x, d): return x.shape[d] > 1 and not bool((x == x.narrow(d, 0, 1)).all())
@@ -31,12 +31,16 @@ class Couplings(Labels):
     ):
         super().__init__(model)
         self.names = {m: n for n,m in model.named_modules()}
-        self.roots,self.fixed = torch.arange(self.n+1),{} # from label to that which stands for its class; from label to the reason why it stays
+        self.roots,self.fixed = np.arange(self.n+1),{} # from label to that which stands for its class; from label to the reason why it stays
+        self._classes = {} # from the label that stands for a class to its labels
         self._inside,self._why = [],'' # the layers that are running, each with the number of its products; the reason at hand
 
     def couple(self, a, b):
-        a,b = self.roots[a],self.roots[b]
-        self.roots[self.roots == b] = a.clone()
+        a,b = (self._classes.setdefault(r, [r]) for r in (int(self.roots[a]), int(self.roots[b])))
+        if a is b: return
+        if len(a) < len(b): a,b = b,a
+        self.roots[b] = self.roots[a[0]]
+        a += b
 
     def fix(self, labels, why=None):
         "The labels in a tensor stay"
@@ -45,7 +49,7 @@ class Couplings(Labels):
 
     def canon(self, x):
         "`x` with each label replaced by that which stands for its class"
-        return torch.where(x > 0, self.roots.to(x.device)[x.clamp(min=0).long()].float(), x)
+        return torch.where(x > 0, torch.from_numpy(self.roots).to(x)[x.clamp(min=0).long()], x)
 
 # %% ../nbs/05c_couplings.ipynb #c5ffe31f
 @patch
@@ -197,11 +201,17 @@ def find_couplings(
     if idle: _fix_idle(found, idle, model, sample)
     return found
 
+def labels_of(
+    read:torch.Tensor, # Labels as shadows have them
+) -> np.ndarray: # Whole numbers, 0 for what has no label
+    "Labels as indices."
+    return read.clamp(min=0).long().cpu().numpy()
+
 def _fix_idle(found, idle, model, sample):
     "What layers read that run only in training"
     try: training = follow(lambda: Couplings(model), model, sample, branches_of_training=True)
     except ValueError: return
     for m in (m for m in idle if m in training.read):
-        classes = training.read[m].unique()
-        labels = torch.arange(found.n+1)[torch.isin(training.roots.float(), classes.cpu())]
-        found.fix(labels, f'layer {found.names[m]} runs only in training')
+        read = training.roots[labels_of(training.read[m])]
+        labels = np.flatnonzero(np.isin(training.roots, read[read > 0]))
+        found.fix(torch.from_numpy(labels), f'layer {found.names[m]} runs only in training')
