@@ -1,16 +1,19 @@
-"The comparison command: resumes, survives kills and company, says clearly what is wrong."
+"The comparison command: resumes, survives kills and concurrent commands, says clearly what is wrong."
 import json, os, random, signal, subprocess, sys, time
-from pathlib import Path
 import pytest
-from fasterprune.experiments import Results, fasterprune_compare, load_data, run_key
+from fasterprune.experiments import data as data_room
+from fasterprune.experiments.cli import fasterprune_compare
+from fasterprune.experiments.data import KnownSet, load_data
+from fasterprune.experiments.keys import run_key
+from fasterprune.experiments.results import Results
 
-command = Path(sys.executable).parent/'fasterprune-compare'
+command = [sys.executable, '-c', 'from fasterprune.experiments.cli import compare_main; compare_main()']
 small = ['--schedules', 'oneshot,onecycle', '--epochs', '1', '--seeds', '2', '--device', 'cpu']
 n_runs = 2*3
 timing = ('seconds', 'date', 'threads')
 
 def listen_to_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL) # what a shell starts in the background is deaf to it
-def start(out, *args): return subprocess.Popen([command, *small, '--out', out, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen_to_ctrl_c)
+def start(out, *args): return subprocess.Popen([*command, *small, '--out', out, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen_to_ctrl_c)
 def run(out, *args):
     p = start(out, *args)
     text,err = p.communicate(timeout=300)
@@ -83,7 +86,7 @@ def test_a_torn_line_is_dropped_and_done_again(tmp_path):
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize('args,text', [
-    (dict(data='mnist'), 'it is one of digits, cifar10'), (dict(path='/no/such', data='cifar10'), '--path /no/such is not a folder'), (dict(data='folder'), 'needs --path DIR'),
+    (dict(data='mnist'), 'it is one of digits, cifar10'), (dict(path='/no/such', data='cifar10'), '--path got /no/such, which is not a folder'), (dict(data='folder'), 'needs --path DIR'),
     (dict(arch='resnet19'), 'an architecture of torchvision such as resnet18'), (dict(schedules='fast'), 'they are oneshot, iterative'), (dict(sparsities='90'), 'pass 0.9'),
     (dict(sparsities='a,b'), 'commas between'), (dict(granularity='blocks'), 'known are weight'), (dict(context='layer'), 'local, erk, global, lamp'), (dict(seeds=0), 'must be at least 1'),
     (dict(device='gpu7'), '--device got'),
@@ -101,7 +104,7 @@ def test_a_mistake_in_the_terminal(tmp_path):
 @pytest.mark.bad_input
 def test_no_internet_is_said(tmp_path):
     env = dict(os.environ, FASTAI_HOME=str(tmp_path), http_proxy='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9')
-    p = subprocess.run([command, *small, '--data', 'cifar10', '--out', tmp_path/'out'], capture_output=True, text=True, env=env)
+    p = subprocess.run([*command, *small, '--data', 'cifar10', '--out', tmp_path/'out'], capture_output=True, text=True, env=env)
     assert p.returncode == 1 and 'is there an internet connection?' in p.stderr and '--path DIR' in p.stderr and 'Traceback' not in p.stderr
 
 @pytest.mark.bad_input
@@ -135,7 +138,8 @@ def test_images_in_memory_are_augmented_only_for_training():
     assert sum(len(y) for _,y in dls.valid) == len(dls.valid.x)
     assert abs(dls.valid.batch(i)[0].mean()) < .2
 
-def test_cifar_as_the_png_folders_that_fastai_downloads(tmp_path):
+def test_cifar_as_the_png_folders_that_fastai_downloads(tmp_path, monkeypatch):
+    monkeypatch.setitem(data_room.known_sets, 'cifar10', KnownSet('CIFAR', 'airplane bird cat', (3, 3), (18, 18)))
     from PIL import Image
     import numpy as np
     for split,n in (('train', 4), ('test', 2)):
