@@ -3,6 +3,7 @@ import os, warnings
 import pytest, torch, torchvision
 from torch import nn
 from fasterprune.all import *
+from fasterprune.flow import following_norms
 from conftest import fit
 
 slow = pytest.mark.skipif(not os.environ.get('FASTERPRUNE_FULL'), reason='slow: FASTERPRUNE_FULL=1 runs it')

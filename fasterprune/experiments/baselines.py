@@ -18,12 +18,14 @@ from .. import criteria as criteria_room
 from ..callback import SparsifyCallback
 from ..contexts import erk
 from ..criteria import criteria_inputs, random_score
+from ..layers import find_layers
 from ..schedules import sched_agp, sched_between, sched_iterative, sched_onecycle, sched_oneshot
-from ..sparsifier import Sparsifier, find_layers, measured_sparsity
+from ..sparsifier import Sparsifier
+from ..sparsity import measured_sparsity
 
 # %% auto #0
 __all__ = ['restarts', 'extras', 'rivals', 'baselines', 'schedules', 'named_criteria', 'Baseline', 'lr_cycles', 'lr_linear',
-           'sched_acdc', 'StraightThrough', 'GrowCallback', 'MultiplicativeStep', 'fasterai_callback',
+           'sched_acdc', 'StraightThrough', 'GrowCallback', 'MultiplicativeStep', 'find_extra', 'fasterai_callback',
            'onecycle_params', 'find_baseline', 'find_schedule', 'find_criteria']
 
 # %% ../../nbs/experiments/03_baselines.ipynb #55e4f24b
@@ -59,12 +61,13 @@ def lr_cycles(
     lrs = [combined_cos(0.25, h*lr/25, h*lr, h*lr/1e5) for h in highs]
     return dict(lr=combine_scheds(pcts, lrs), mom=combine_scheds(pcts, [combined_cos(0.25, .95, .85, .95)]*len(pcts)))
 
+# %% ../../nbs/experiments/03_baselines.ipynb #99ceae58
 restarts = dict(oneshot_restart=((0.4, 1.), (0.6, 1.)), three_stage=((0.5, 1.), (0.25, 1.), (0.25, 1.)))
 _restarting = dict(
     oneshot_restart=Baseline('one-shot at 40 %, then the learning rate starts anew', sched_between(sched_oneshot, 0.4),
                              lr=partial(lr_cycles, cycles=restarts['oneshot_restart'])),
-    three_stage=Baseline('train (50 %), prune (25 %), fine-tune (25 %), each with a cycle of its own (Han et al. 2015)', sched_between(sched_agp, 0.5, 0.75),
-                         lr=partial(lr_cycles, cycles=restarts['three_stage'])))
+    three_stage=Baseline('train (50 %), prune (25 %), fine-tune (25 %), each with a cycle of its own (Han et al. 2015)',
+                         sched_between(sched_agp, 0.5, 0.75), lr=partial(lr_cycles, cycles=restarts['three_stage'])))
 
 # %% ../../nbs/experiments/03_baselines.ipynb #ba062eb2
 def lr_linear(
@@ -76,7 +79,9 @@ def lr_linear(
     pcts = [warm, stages[0]-warm, *stages[1:]]
     return dict(lr=combine_scheds(pcts, [SchedCos(lr/25, lr)] + [SchedLin(lr, lr/1e5)]*len(stages)))
 
-_bimp = Baseline('train dense, cut once at 40 %, retrain with a linear rate (BIMP, Zimmer et al. 2023)', sched_between(sched_oneshot, 0.4), lr=lr_linear)
+# %% ../../nbs/experiments/03_baselines.ipynb #e4dd8dfa
+_bimp = Baseline('train dense, cut once at 40 %, retrain with a linear rate (BIMP, Zimmer et al. 2023)',
+                 sched_between(sched_oneshot, 0.4), lr=lr_linear)
 
 # %% ../../nbs/experiments/03_baselines.ipynb #a9277910
 def sched_acdc(
@@ -92,6 +97,7 @@ def sched_acdc(
     if pos >= last: return end
     return end if int((pos-warm) / phase + 1e-9) % 2 == 0 else start
 
+# %% ../../nbs/experiments/03_baselines.ipynb #5863d022
 _acdc = Baseline('sparse and dense phases in turn (AC/DC, Peste et al. 2021)', sched_acdc, dict(regrow=True, min_change=0.))
 
 # %% ../../nbs/experiments/03_baselines.ipynb #5cd0186f
@@ -172,6 +178,7 @@ def _top(scores, k):
 
 def _kept(w, n_zero, schedule, pos): return w.numel() - round(float(schedule(0., n_zero/w.numel(), pos))*w.numel())
 
+# %% ../../nbs/experiments/03_baselines.ipynb #40290b1c
 def _whole(sparsity, shares, weights):
     "Numbers of zeros, with the exact total; the largest layer takes what rounding leaves"
     n = [round(s*w.numel()) for s,w in zip(shares, weights)]
@@ -199,7 +206,17 @@ class MultiplicativeStep(Callback):
             torch._foreach_exp_(power)
             torch._foreach_mul_(list(ps), power)
 
+# %% ../../nbs/experiments/03_baselines.ipynb #6741a701
 extras = dict(ham=MultiplicativeStep)
+
+# %% ../../nbs/experiments/03_baselines.ipynb #6f77225c
+def find_extra(
+    extra:str|Callable|None, # A name in `extras`, or a function that makes a callback
+) -> Callable|None: # The function
+    "What makes the further callback; a clear `ValueError` if there is none of that name."
+    if extra is None or callable(extra): return extra
+    if extra in extras: return extras[extra]
+    raise ValueError(f"extra got {extra!r}; it is one of {', '.join(extras)}, or from Python a function that makes a callback")
 
 # %% ../../nbs/experiments/03_baselines.ipynb #68261d88
 def fasterai_callback(
@@ -208,19 +225,26 @@ def fasterai_callback(
     granularity:str='weight', # As fasterai names it
     schedule:Callable=sched_onecycle, # Function `(start, end, pos) -> sparsity`
 ) -> Callback: # fasterai's own `SparsifyCallback`
-    "fasterai's callback with the same settings; it counts in percent."
-    try: from fasterai.sparse.all import Schedule, SparsifyCallback as Theirs, large_final
-    except ImportError: raise ValueError("schedules=fasterai needs fasterai, which is not installed: pip install 'fasterprune[rivals]'") from None
-    return Theirs(100*sparsity, granularity, context, criteria=large_final, schedule=Schedule(schedule))
+    "fasterai's callback with the same settings."
+    try: 
+        from fasterai.core.criteria import large_final
+        from fasterai.core.schedule import Schedule
+        from fasterai.sparse.sparsify_callback import SparsifyCallback as Theirs
+    except ImportError: raise ValueError("schedules=fasterai needs fasterai, which is not installed: "
+                                         "pip install 'fasterprune[rivals]'") from None
+    return Theirs(sparsity, granularity, context, criteria=large_final, schedule=Schedule(schedule))
 
 # %% ../../nbs/experiments/03_baselines.ipynb #16eda3a4
 rivals = dict(
     bimp=_bimp, acdc=_acdc,
     random_erk=Baseline('random masks with ERK shares, from the first step', sched_oneshot, dict(context='erk', criteria=random_score)),
     dpf=Baseline('straight through: dense weights behind the pruned ones (DPF, Lin et al. 2020)', sched_agp, pruner=StraightThrough),
-    st3=Baseline('the same, kept weights shrunk by the threshold (ST-3, Feather, 2023)', sched_agp, pruner=partial(StraightThrough, soft=True)),
-    rigl=Baseline('sparse from the start, grows by the gradient (RigL, Evci et al. 2020)', sched_oneshot, dict(context='erk'), pruner=GrowCallback),
-    granet=Baseline('prunes along AGP, grows by the gradient (GraNet, Liu et al. 2021)', sched_agp, dict(context='erk'), pruner=GrowCallback),
+    st3=Baseline('the same, kept weights shrunk by the threshold (ST-3, Feather, 2023)', sched_agp,
+                 pruner=partial(StraightThrough, soft=True)),
+    rigl=Baseline('sparse from the start, grows by the gradient (RigL, Evci et al. 2020)', sched_oneshot,
+                  dict(context='erk'), pruner=GrowCallback),
+    granet=Baseline('prunes along AGP, grows by the gradient (GraNet, Liu et al. 2021)', sched_agp,
+                    dict(context='erk'), pruner=GrowCallback),
     fasterai=Baseline('one-cycle pruning with fasterai (an extra: fasterprune[rivals])', sched_onecycle, pruner=fasterai_callback))
 baselines = {**_plain, **_restarting, **rivals}
 schedules = {name: b.schedule for name,b in {**_plain, **_restarting}.items()}
@@ -234,6 +258,7 @@ def onecycle_params(
     m = re.fullmatch(r'onecycle_(\d+\.?\d*)_(-?\d+\.?\d*)', name)
     return tuple(map(float, m.groups())) if m else None
 
+# %% ../../nbs/experiments/03_baselines.ipynb #d0437f1e
 def find_baseline(
     method:str|Callable|Baseline, # A name in `baselines`, onecycle_ALPHA_BETA such as onecycle_14_5, or a schedule of your own
 ) -> Baseline:
@@ -245,6 +270,7 @@ def find_baseline(
     if params: return Baseline('one-cycle pruning', partial(sched_onecycle, alpha=params[0], beta=params[1]))
     raise ValueError(f"schedules got {method!r}; they are {', '.join(baselines)}, or onecycle_ALPHA_BETA, such as onecycle_14_5")
 
+# %% ../../nbs/experiments/03_baselines.ipynb #b2023974
 def find_schedule(
     name:str, # As in `find_baseline`
 ) -> Callable: # Function `(start, end, pos) -> sparsity`
@@ -257,6 +283,7 @@ def _is_criterion(f):
 
 named_criteria = {n: getattr(criteria_room, n) for n in criteria_room.__all__ if _is_criterion(getattr(criteria_room, n))}
 
+# %% ../../nbs/experiments/03_baselines.ipynb #1dd6fb1f
 def find_criteria(
     criteria:str|Callable, # A name in `named_criteria`, or a function
 ) -> Callable: # The function

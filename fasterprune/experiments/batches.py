@@ -25,6 +25,7 @@ def smaller(
     parts = [_resize(part.float(), size).round_().clamp_(0, 255).byte() for part in x.split(1024)]
     return torch.cat(parts)
 
+# %% ../../nbs/experiments/00_batches.ipynb #18f0a81d
 def _shift(x, pad):
     "Each image moved by its own random number of pixels, up to `pad`"
     n,c,h,w = x.shape
@@ -80,6 +81,7 @@ def _transform(x, tfms):
     for t in tfms: x = t(x, split_idx=0)
     return x.as_subclass(Tensor)
 
+# %% ../../nbs/experiments/00_batches.ipynb #b0d140da
 def tensor_dls(
     train:tuple, # Images (uint8, (n, channels, height, width)) and classes to train with
     valid:tuple, # Images and classes to measure with
@@ -96,6 +98,7 @@ def tensor_dls(
     dls.c = 1 + max(int(y.max()) for _,y in (train, valid))
     return dls
 
+# %% ../../nbs/experiments/00_batches.ipynb #0404e79a
 def _stats(x):
     x = x[::1+x.numel()//2**28].float().div(255) # of very many pixels, a part is enough
     return x.mean((0,2,3)).tolist(), x.std((0,2,3)).clamp(min=1e-3).tolist()

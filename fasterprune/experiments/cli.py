@@ -26,13 +26,15 @@ __all__ = ['make_parser', 'as_options', 'fasterprune_compare', 'compare_main', '
 # %% ../../nbs/experiments/11_cli.ipynb #49928a5e
 _process = dict(
     seeds=(int, 'How many seeds'), first_seed=(int, 'The first of them'), out=(str, 'Folder for the results, tables and pictures'),
-    device=(str, 'cpu, cuda, ...; the best there is if not given'), workers=(int, 'How many trainings at a time on this machine, one thread each'),
+    device=(str, 'cpu, cuda, ...; the best there is if not given'),
+    workers=(int, 'How many trainings at a time on this machine, one thread each'),
     dask=(str, 'Address of a Dask scheduler, such as tcp://10.0.0.1:8786, whose workers do the trainings'),
     log=(str, 'Where training curves go, in logs/ beside the results: csv, tensorboard, wandb'))
 _aliases = dict(schedule='schedules', sparsity='sparsities', criteria='criterion', context='contexts', granularity='granularities')
 
 def _option(name): return '--' + name.replace('_', '-')
 
+# %% ../../nbs/experiments/11_cli.ipynb #ff548ffb
 def _add_settings(parser):
     help = docments(Settings, full=True)
     for f in fields(Settings):
@@ -50,6 +52,7 @@ def _explained():
     about = [f'  {name:16}{b.about}' for name,b in baselines.items()] + ['  onecycle_A_B    one-cycle pruning with α = A and β = B']
     return '\n'.join(['recipes set, unless an option says otherwise:', *sets, '', 'schedules and rivals:', *about, *groups])
 
+# %% ../../nbs/experiments/11_cli.ipynb #d8326a45
 def make_parser(
     command:str, # Its name
     about:str, # What it does
@@ -86,6 +89,7 @@ def _answering(command, out):
 
 def _say(s): print(f'\r{as_options(s)}' if sys.stderr.isatty() else as_options(s), flush=True)
 
+# %% ../../nbs/experiments/11_cli.ipynb #7fbda085
 def _given(options): return {k: v for k,v in options.items() if v is not None}
 
 def _run(out, options):
@@ -106,6 +110,7 @@ def fasterprune_compare(
         text = write_report(c.rows, out, heading(c.rows), reference)
         print(f'\n{heading(c.rows)}\n\n{text}\n\nIn {out}: results.jsonl, table.md, accuracy.png, sparsity.png')
 
+# %% ../../nbs/experiments/11_cli.ipynb #41c95188
 def compare_main():
     "The command `fasterprune-compare`."
     about = fasterprune_compare.__doc__ + ' Stop it at any time: the same command goes on where it was.'
@@ -117,6 +122,7 @@ def _numbers(text, name):
     try: return [float(p) for p in str(text).split(',')]
     except ValueError: raise ValueError(f"{name} got {text!r}; give numbers with commas between, such as 7,14,28") from None
 
+# %% ../../nbs/experiments/11_cli.ipynb #3210ea7f
 def fasterprune_find_params(
     alphas:str='7,14,28', # Steepness
     betas:str='2,3.5,5,7,10', # Offset
@@ -135,6 +141,7 @@ def fasterprune_find_params(
         save_plot(plot_params, c.rows, Path(out)/'params.png')
         print(f'\n{text}\n\nIn {out}: results.jsonl, table.md, params.png')
 
+# %% ../../nbs/experiments/11_cli.ipynb #d6cf1b59
 def find_params_main():
     "The command `fasterprune-find-params`."
     about = fasterprune_find_params.__doc__ + ' Stop it at any time: the same command goes on where it was.'

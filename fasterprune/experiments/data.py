@@ -112,10 +112,12 @@ def image_folder(
     found = []
     for root in roots: found.append([(f, i) for i,c in enumerate(classes) for f in _images_in(root/c)])
     if len(classes) < 2 or not all(found):
-        raise ValueError(f"path={path} has no images in at least two subfolders, one per class (looked for {', '.join(sorted(_image_types))})")
+        kinds = ', '.join(sorted(_image_types))
+        raise ValueError(f"path={path} has no images in at least two subfolders, one per class (looked for {kinds})")
     if len(found) == 1: found = _split(found[0], seed, valid_pct)
     return FileSet(path, classes, *found)
 
+# %% ../../nbs/experiments/01_data.ipynb #801a6a58
 def _split(pairs, seed, valid_pct):
     order = np.random.default_rng(seed).permutation(len(pairs))
     n = max(1, round(valid_pct*len(order)))
@@ -130,6 +132,7 @@ class KnownSet:
     classes:tuple # Smallest and largest number of classes
     images:tuple # Smallest and largest number of images
 
+# %% ../../nbs/experiments/01_data.ipynb #58b2dc46
 known_sets = dict(
     cifar10=KnownSet('CIFAR', 'airplane automobile bird cat deer dog frog horse ship truck', (10, 10), (60_000, 60_000)),
     cifar100=KnownSet('CIFAR_100', 'apple bicycle maple_tree willow_tree worm', (100, 100), (60_000, 60_000)),
@@ -146,7 +149,8 @@ def check_known(
     k,n = known_sets[data],sum(found.counts)
     right = k.classes[0] <= len(found.classes) <= k.classes[1] and k.images[0] <= n <= k.images[1]
     if right and set(k.has.split()) <= set(found.classes): return found
-    raise ValueError(f"path={found.root} is not {data}: it has {len(found.classes)} classes ({', '.join(found.classes[:3])}, …) and {n:,} images, "
+    names = ', '.join(found.classes[:3])
+    raise ValueError(f"path={found.root} is not {data}: it has {len(found.classes)} classes ({names}, …) and {n:,} images, "
                      f"{data} has {k.classes[1]} classes and about {k.images[1]:,} images; for images of your own: data=folder")
 
 # %% ../../nbs/experiments/01_data.ipynb #147736a1
@@ -157,17 +161,21 @@ def find_data(
     "The folder of a data set; a clear `ValueError` if there is none."
     if data not in datasets: raise ValueError(f"data got {data!r}; it is one of {', '.join(datasets)}")
     if path is not None:
-        if not Path(path).is_dir(): raise ValueError(f"path got {path}, which is not a folder; give the folder that holds the images of {data}")
+        if not Path(path).is_dir(): raise ValueError(f"path got {path}, which is not a folder; "
+                                                      f"give the folder that holds the images of {data}")
         return Path(path)
     if data == 'folder': raise ValueError("data=folder needs path=DIR, a folder with one subfolder of images per class")
     from fastai.data.external import URLs, untar_data
     try: return untar_data(getattr(URLs, known_sets[data].url))
-    except Exception as e: raise ValueError(f"data={data} could not be downloaded ({type(e).__name__}: {e}); is there an internet connection? "
+    except Exception as e: raise ValueError(f"data={data} could not be downloaded ({type(e).__name__}: {e}); "
+                                            "is there an internet connection? "
                                             "If the data is on this machine, say where: path=DIR") from None
 
 # %% ../../nbs/experiments/01_data.ipynb #7a445afe
-_cifar_files = dict(cifar10=(torchvision.datasets.CIFAR10, 'cifar-10-batches-py'), cifar100=(torchvision.datasets.CIFAR100, 'cifar-100-python'))
+_cifar_files = dict(cifar10=(torchvision.datasets.CIFAR10, 'cifar-10-batches-py'),
+                    cifar100=(torchvision.datasets.CIFAR100, 'cifar-100-python'))
 
+# %% ../../nbs/experiments/01_data.ipynb #61dbe6ed
 def cifar_batches(
     data:str, # 'cifar10' or 'cifar100'
     path:Path, # The folder of batches, or the one around it
@@ -177,7 +185,8 @@ def cifar_batches(
     root = path.parent if path.name == folder else path
     if not (root/folder).is_dir(): return None
     try: parts = [cls(root, train=train) for train in (True, False)]
-    except RuntimeError as e: raise ValueError(f"path={root/folder} does not hold the original files of {data}, or they are not complete: {e}") from None
+    except RuntimeError as e: raise ValueError(f"path={root/folder} does not hold the original files of {data}, "
+                                             f"or they are not complete: {e}") from None
     arrays = [(torch.tensor(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets)) for d in parts]
     return ArraySet(list(parts[0].classes), *arrays)
 
@@ -196,6 +205,7 @@ def find_images(
     found = image_folder(path)
     return check_known(data, _by_parent(found) if data == 'cifar100' else found)
 
+# %% ../../nbs/experiments/01_data.ipynb #4155a92d
 def _by_parent(found):
     "The same images, each with the folder it is in as its class"
     classes = sorted({f.parent.name for f,_ in found.train})
@@ -215,6 +225,7 @@ def _augmentation(augment, pixels, flip):
     from fastai.vision.augment import aug_transforms
     return dict(tfms=aug_transforms(do_flip=flip))
 
+# %% ../../nbs/experiments/01_data.ipynb #eb390310
 def _some(xy, n):
     "`n` of the images, always the same"
     if not n: return xy
@@ -244,4 +255,5 @@ def load_data(
     dls.c = len(found.classes)
     return dls
 
+# %% ../../nbs/experiments/01_data.ipynb #85c37736
 def _in_channels(x, channels): return x.expand(-1, channels, -1, -1) if channels and x.shape[1] == 1 else x

@@ -25,6 +25,7 @@ def _is_library(module):
 
 def _version(module): return str(getattr(sys.modules.get(module.partition('.')[0]), '__version__', ''))
 
+# %% ../../nbs/experiments/04_keys.ipynb #db3e6767
 def _code(c):
     "A code object without line numbers and addresses"
     consts = [_code(k) if inspect.iscode(k) else repr(sorted(map(repr, k)) if isinstance(k, frozenset) else k) for k in c.co_consts]
@@ -44,6 +45,7 @@ def _function(f, seen):
     used = {n: f.__globals__[n] for n in sorted(_globals_of(f.__code__)) if n in f.__globals__}
     return [_code(f.__code__), described([cells, f.__defaults__, f.__kwdefaults__, used], seen)]
 
+# %% ../../nbs/experiments/04_keys.ipynb #64a44767
 def _class(c, seen):
     own = {k: v for k,v in vars(c).items() if not k.startswith('__') or inspect.isfunction(v)}
     bases = [b for b in c.__bases__ if b is not object]
@@ -57,6 +59,7 @@ def _array(a):
 _literal = (str, int, float, bool, type(None))
 _by_repr = (torch.dtype, torch.device, bytes, complex, range, slice, Path, type(...))
 
+# %% ../../nbs/experiments/04_keys.ipynb #bdd0565c
 def described(
     x, # A value or a function
     seen:frozenset=frozenset(), # Functions that are being described
@@ -88,6 +91,7 @@ def _described_object(x, seen):
     if callable(x) and hasattr(x, '__dict__') and not isinstance(x, nn.Module): return [described(type(x), seen), described(vars(x), seen)]
     raise TypeError(f"a {type(x).__qualname__}, which has no description that is the same every time")
 
+# %% ../../nbs/experiments/04_keys.ipynb #84c86275
 def _file_hash(module):
     file = getattr(module, '__file__', None)
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ''
@@ -95,8 +99,8 @@ def _file_hash(module):
 # %% ../../nbs/experiments/04_keys.ipynb #dedfac91
 def versions() -> dict: # From name to version
     "What a result was obtained with."
-    return dict(fasterprune=fasterprune.__version__, fastai=fastai.__version__, torch=torch.__version__, torchvision=torchvision.__version__,
-                python=platform.python_version())
+    return dict(fasterprune=fasterprune.__version__, fastai=fastai.__version__, torch=torch.__version__, 
+                torchvision=torchvision.__version__, python=platform.python_version())
 
 def run_key(
     config:dict, # What decides the outcome of a training, in JSON's types

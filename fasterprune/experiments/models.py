@@ -22,6 +22,7 @@ class _Residual(nn.Module):
         self.short = nn.Identity() if same else nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o))
     def forward(self, x): return F.relu(self.convs(x) + self.short(x))
 
+# %% ../../nbs/experiments/02_models.ipynb #4459d8ce
 def small_resnet(
     channels:int=3, # Colour channels of the images
     n_out:int=10, # Number of classes
@@ -53,10 +54,12 @@ def _untrained(name, n_out):
     extra = dict(init_weights=True) if name in ('googlenet', 'inception_v3') else {}
     return torchvision.models.get_model(name, weights=None, num_classes=n_out, **extra)
 
+# %% ../../nbs/experiments/02_models.ipynb #9792d49f
 def _pretrained(name, n_out):
     "ImageNet's weights, with a new last layer"
     try: model = torchvision.models.get_model(name, weights='DEFAULT')
-    except OSError as e: raise ValueError(f"pretrained: the weights of {name} could not be downloaded ({e}); is there an internet connection? "
+    except OSError as e: raise ValueError(f"pretrained: the weights of {name} could not be downloaded ({e}); "
+                                          "is there an internet connection? "
                                           "A file of weights in ~/.cache/torch/hub/checkpoints is used without one") from None
     last = [n for n,m in model.named_modules() if isinstance(m, nn.Linear)][-1]
     model.set_submodule(last, nn.Linear(model.get_submodule(last).in_features, n_out))
@@ -68,6 +71,7 @@ def _xresnet(arch, n_out):
     import fastai.vision.models.xresnet as xresnet
     if arch.startswith('xr') and arch in xresnet.__all__: return getattr(xresnet, arch)(n_out=n_out)
 
+# %% ../../nbs/experiments/02_models.ipynb #2795b133
 def make_model(
     arch:str, # 'small', or the name of an architecture of torchvision or fastai; with '_32' behind it, fitted to small images
     channels:int, # Colour channels of the images
@@ -85,6 +89,7 @@ def make_model(
     raise ValueError(f"arch got {arch!r}; it is 'small', an architecture of torchvision such as resnet18, vgg16_bn, mobilenet_v3_small "
                      "(resnet18_32, vgg16_bn_32: fitted to small images), or of fastai such as xresnet18")
 
+# %% ../../nbs/experiments/02_models.ipynb #780389f8
 def model_channels(
     arch:str, # As in `make_model`
 ) -> int|None: # None if it takes the images' own

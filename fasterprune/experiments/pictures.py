@@ -34,6 +34,7 @@ def plot_accuracy(
     ax.legend(fontsize='small', frameon=False, loc='center left', bbox_to_anchor=(1, .5))
     return ax
 
+# %% ../../nbs/experiments/08_pictures.ipynb #1c32cc98
 def _plot_level(ax, accuracies, color, label):
     spread = [np.std(a, ddof=1) if len(a) > 1 else 0 for a in accuracies.values()]
     ax.errorbar([np.mean(a) for a in accuracies.values()], list(accuracies), xerr=spread, fmt='o', capsize=3, color=color, label=label)
@@ -53,7 +54,8 @@ def plot_curves(
             steps,values = zip(*r['curve'])
             ax.plot([0, *(100*k/r['steps'] for k in steps), 100], [0, *values, r['measured']], drawstyle='steps-post', color=f'C{i%10}',
                     ls=('-', '--', ':')[i//10%3], label=label)
-    ax.set(xlabel='training done (%)', ylabel='sparsity, counted in the weights', ylim=(-.02, 1), title=f'How each contestant gets to {top:g}')
+    ax.set(xlabel='training done (%)', ylabel='sparsity, counted in the weights', ylim=(-.02, 1),
+           title=f'How each contestant gets to {top:g}')
     if ax.lines: ax.legend(fontsize='small', frameon=False, loc='center left', bbox_to_anchor=(1, .5))
     return ax
 
@@ -73,11 +75,13 @@ def plot_params(
     im = ax.imshow(grid, aspect='auto', cmap='viridis')
     for (a,b),values in cells.items(): _write_cell(ax, alphas.index(a), betas.index(b), values, im.norm(np.mean(values)) > .5)
     if (14, 5) in cells: _frame(ax, alphas.index(14), betas.index(5))
-    ax.set(xticks=range(len(betas)), xticklabels=[f'{b:g}' for b in betas], yticks=range(len(alphas)), yticklabels=[f'{a:g}' for a in alphas],
-           xlabel='β', ylabel='α', title=f'Accuracy at the last epoch (%), sparsity {levels(rows)[-1]:g}')
+    ax.set(xticks=range(len(betas)), xticklabels=[f'{b:g}' for b in betas], 
+           yticks=range(len(alphas)), yticklabels=[f'{a:g}' for a in alphas], xlabel='β', ylabel='α',
+           title=f'Accuracy at the last epoch (%), sparsity {levels(rows)[-1]:g}')
     ax.figure.colorbar(im, ax=ax, fraction=.05, pad=.02)
     return ax
 
+# %% ../../nbs/experiments/08_pictures.ipynb #9ce3f21e
 def _write_cell(ax, i, j, values, bright):
     ax.text(j, i, mean_sd(values, digits=1), ha='center', va='center', fontsize=8, color='black' if bright else 'white')
 
@@ -99,12 +103,14 @@ def save_plot(
     fig.savefig(png, dpi=120, bbox_inches='tight', facecolor='white')
     write_atomic(file, png.getvalue())
 
+# %% ../../nbs/experiments/08_pictures.ipynb #b54f9f4d
 def markdown(
     table:Table, # Any table
 ) -> str: # Its lines, and its notes as sentences
     "A table for a file."
     return '\n\n'.join([*table._notes(), as_markdown(table._table(), table.left)])
 
+# %% ../../nbs/experiments/08_pictures.ipynb #f6066f94
 def write_report(
     rows:list, # Rows of `Results`
     out:Path, # Folder to write to

@@ -6,17 +6,16 @@
 from __future__ import annotations
 import contextlib, inspect, io, itertools, math, re, warnings
 from dataclasses import fields, replace
-from typing import Callable
 import torch
 from fastai.torch_core import default_device
 from ..schedules import schedule_name
-from ..sparsifier import check_sparsity
-from .baselines import baselines, find_baseline, find_criteria, rivals
+from ..sparsity import check_sparsity
+from .baselines import find_baseline, find_criteria, find_extra, rivals
 from .baselines import schedules as named_schedules
 from .batches import tensor_dls
 from .data import augments
 from .models import make_model, model_channels, suitable
-from .run import Labelled, Settings, as_dense, find_extra, label_of, names_of, plain, precisions, pruner, pruning_settings, run_one
+from .run import Labelled, Settings, as_dense, label_of, names_of, plain, precisions, pruner, pruning_settings, run_one
 
 # %% auto #0
 __all__ = ['recipes', 'schedule_groups', 'recipe_settings', 'setting_name', 'setting_kind', 'choices', 'grid', 'settled',
@@ -24,14 +23,17 @@ __all__ = ['recipes', 'schedule_groups', 'recipe_settings', 'setting_name', 'set
 
 # %% ../../nbs/experiments/09_plan.ipynb #ae510c29
 recipes = dict(
-    digits=dict(data='digits', arch='small', schedules='oneshot,iterative,agp,cosine70,onecycle', sparsities='0.95', epochs=12, lr=1e-2, bs=64,
-                size=None, images=None, augment='shift', seeds=3),
-    quick=dict(data='cifar10', arch='small', schedules='all', sparsities='0.95', epochs=10, lr=1e-2, bs=64, size=16, images=12_000, augment='shift', seeds=3),
-    paper=dict(data='cifar10', arch='resnet18', schedules='oneshot,iterative,agp,onecycle', sparsities='0.8,0.9,0.95', epochs=25, lr=1e-3, bs=32,
-               size=224, images=None, augment='fastai', seeds=3, context='local', granularity='weight', criteria='magnitude'))
+    digits=dict(data='digits', arch='small', schedules='oneshot,iterative,agp,cosine70,onecycle', sparsities='0.95', epochs=12,
+                lr=1e-2, bs=64, size=None, images=None, augment='shift', seeds=3),
+    quick=dict(data='cifar10', arch='small', schedules='all', sparsities='0.95', epochs=10, lr=1e-2, bs=64, size=16,
+               images=12_000, augment='shift', seeds=3),
+    paper=dict(data='cifar10', arch='resnet18', schedules='oneshot,iterative,agp,onecycle', sparsities='0.8,0.9,0.95', epochs=25,
+               lr=1e-3, bs=32, size=224, images=None, augment='fastai', seeds=3,
+               context='local', granularity='weight', criteria='magnitude'))
 schedule_groups = dict(all=list(named_schedules), rivals=['oneshot0', 'three_stage', *[n for n in rivals if n != 'fasterai']])
 _photographs = ('folder', 'caltech101', 'imagenette')
 
+# %% ../../nbs/experiments/09_plan.ipynb #9afbaeae
 def recipe_settings(
     recipe:str, # A name in `recipes`
     given:dict, # What overrules it; None does not
@@ -47,6 +49,7 @@ def recipe_settings(
 _plural = dict(schedules='schedule', sparsities='sparsity', contexts='context', granularities='granularity')
 _one_text = ('data', 'path', 'layers', 'exclude') # a comma in them does not divide choices
 
+# %% ../../nbs/experiments/09_plan.ipynb #095c82d1
 def setting_name(
     name:str, # A setting, perhaps in the plural
     settings:type=Settings, # The class of settings
@@ -57,6 +60,7 @@ def setting_name(
         if n in known: return n
     raise TypeError(f"{name} is not a setting; settings are {', '.join(known)}")
 
+# %% ../../nbs/experiments/09_plan.ipynb #94281771
 def _labelled(label, value): return value if label_of(value) == label else Labelled(str(label), value)
 
 def setting_kind(
@@ -67,6 +71,7 @@ def setting_kind(
     kind = {f.name: f.type for f in fields(settings)}[name]
     return re.match(r'\w+', getattr(kind, '__name__', None) or str(kind))[0]
 
+# %% ../../nbs/experiments/09_plan.ipynb #3a04ff1d
 def _typed(name, value, settings):
     "What a text means where a number is wanted"
     kind = setting_kind(name, settings)
@@ -90,12 +95,14 @@ def choices(
     if not found: raise ValueError(f"{name} got {value!r}, no value at all; leave it out for the default")
     return _with_names(name, list(dict.fromkeys(found)))
 
+# %% ../../nbs/experiments/09_plan.ipynb #529ccc93
 def _with_names(name, values):
     "Functions under their own names, which must differ"
     found = [Labelled(schedule_name(v), v) if callable(v) else v for v in values]
     labels = [label_of(v) for v in found]
     twice = [l for l in labels if labels.count(l) > 1]
-    if twice: raise ValueError(f"{name} has two values that are called {twice[0]!r}; give them names: {name}={{'one': …, 'another': …}}")
+    if twice: raise ValueError(f"{name} has two values that are called {twice[0]!r}; "
+                               f"give them names: {name}={{'one': …, 'another': …}}")
     return found
 
 # %% ../../nbs/experiments/09_plan.ipynb #79d24c45
@@ -110,6 +117,7 @@ def _axes(given, settings):
     if several: raise ValueError(f"{several[0]} got {len(axes[several[0]])} values; a comparison is on one data set")
     return axes
 
+# %% ../../nbs/experiments/09_plan.ipynb #528dddca
 def _effective(s):
     "With what the contestant itself fixes"
     own = {k: v for k,v in find_baseline(plain(s.schedule)).settings.items() if k in pruning_settings}
@@ -117,6 +125,7 @@ def _effective(s):
 
 def _combinations(axes, names): return [dict(zip(names, values)) for values in itertools.product(*[axes[n] for n in names])]
 
+# %% ../../nbs/experiments/09_plan.ipynb #6592b0d6
 def grid(
     given:dict, # From the names of settings to what `choices` takes
     seeds:list, # Numbers
@@ -144,6 +153,7 @@ def settled(
     lr = suitable(8 if arch == 'small' else 300)['lr'] if s.lr is None else s.lr
     return replace(s, arch=arch, size=s.size or best['size'], lr=lr) if s.size != 0 else s
 
+# %% ../../nbs/experiments/09_plan.ipynb #3a52280e
 def chosen(
     s:Settings, # As it was given
     full:Settings, # As it was settled
@@ -155,6 +165,7 @@ def chosen(
 # %% ../../nbs/experiments/09_plan.ipynb #354e2d51
 _least = dict(epochs=1, bs=2, size=4)
 
+# %% ../../nbs/experiments/09_plan.ipynb #90d6bf08
 def check_budget(
     s:Settings, # The settings of a training
 ):
@@ -164,8 +175,10 @@ def check_budget(
         if v is not None and v < least: raise ValueError(f"{k} got {v}; it must be at least {least}")
     for k in ('lr', 'wd'):
         v = getattr(s, k)
-        if v is not None and not (0 <= v < math.inf and (v or k == 'wd')): raise ValueError(f"{k} got {v}; it is a positive number, such as 0.01")
-    if s.images is not None and s.images < s.bs: raise ValueError(f"images got {s.images}; there must be at least one batch of them, {s.bs}")
+        if v is None or 0 < v < math.inf or (k, v) == ('wd', 0): continue
+        raise ValueError(f"{k} got {v}; it is a positive number, such as 0.01")
+    if s.images is not None and s.images < s.bs:
+        raise ValueError(f"images got {s.images}; there must be at least one batch of them, {s.bs}")
     if s.precision not in precisions: raise ValueError(f"precision got {s.precision!r}; it is one of {', '.join(precisions)}")
     if s.augment not in augments: raise ValueError(f"augment got {s.augment!r}; it is one of {', '.join(augments)}")
     find_extra(plain(s.extra))
@@ -183,23 +196,28 @@ def check_pruning(
     default = {f.name: f.default for f in fields(s)}
     for k in pruning_settings:
         if k not in takes and getattr(s, k) != default[k]:
-            raise ValueError(f"{k} got {label_of(getattr(s, k))!r}, which {label_of(s.schedule)} does not take; it takes {', '.join(sorted(takes & set(pruning_settings)))}")
+            known = ', '.join(sorted(takes & set(pruning_settings)))
+            raise ValueError(f"{k} got {label_of(getattr(s, k))!r}, which {label_of(s.schedule)} does not take; it takes {known}")
     pruner(s)
 
+# %% ../../nbs/experiments/09_plan.ipynb #eca645e7
 def check_process(
     device:str|None, # Where to train
     workers:int, # How many at a time
     seeds:list, # Numbers
 ):
     "`ValueError` for what this machine cannot do."
-    if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds got {seeds}; it must be at least 1, or a list of different numbers")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds got {seeds}; it must be at least 1, or a list of different numbers")
     if workers < 1: raise ValueError(f"workers got {workers}; it is how many trainings run at a time, at least 1")
     try: torch.empty(0, device=device or default_device())
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"device got {device!r}, which cannot be used here: {str(e).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device got {device!r}, which cannot be used here: {str(e).splitlines()[0]}") from None
 
 # %% ../../nbs/experiments/09_plan.ipynb #be1beda5
 def _says_which(message): return any(re.match(rf'{f.name}\b', message) for f in fields(Settings))
 
+# %% ../../nbs/experiments/09_plan.ipynb #951a4b9b
 def rehearse(
     s:Settings, # The settings of a training
     channels:int, # Colour channels of the images
@@ -221,6 +239,7 @@ def rehearse(
         which = f'schedules={label_of(s.schedule)} ({_differs(s)})'
         raise ValueError(f'{which} cannot be trained: {type(e).__name__}: {why}') from e
 
+# %% ../../nbs/experiments/09_plan.ipynb #a35fa9be
 def _differs(s):
     "The settings that are not the default"
     names = [f.name for f in fields(s) if getattr(s, f.name) != f.default and f.name not in ('data', 'path', 'seed', 'schedule')]

@@ -23,10 +23,12 @@ def _parse(data):
         if isinstance(row, dict) and 'key' in row: done.setdefault(row['key'], row)
     return done
 
+# %% ../../nbs/experiments/06_results.ipynb #b4ffcdd6
 def _read_all(fd):
     os.lseek(fd, 0, os.SEEK_SET)
     return b''.join(iter(lambda: os.read(fd, 2**20), b''))
 
+# %% ../../nbs/experiments/06_results.ipynb #3f30200e
 def _append(fd, start, line):
     "Write `line` at `start`, whole or not at all"
     os.ftruncate(fd, start)
@@ -71,7 +73,8 @@ class Results:
             data = _read_all(fd)
             if row['key'] in _parse(data): return False
             try: _append(fd, data.rfind(b'\n') + 1, line) # what is behind the last newline was torn
-            except OSError as e: raise ValueError(f"{self.file} cannot be written: {e.strerror}; the trainings before this one are safe in it") from None
+            except OSError as e: raise ValueError(f"{self.file} cannot be written: {e.strerror}; "
+                                                  "the trainings before this one are safe in it") from None
         return True
 
 # %% ../../nbs/experiments/06_results.ipynb #8731c81e

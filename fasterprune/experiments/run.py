@@ -21,15 +21,15 @@ from fastai.torch_core import default_device, num_distrib, set_seed
 from ..callback import SparsifyCallback
 from ..granularity import prunable_types
 from ..schedules import schedule_name
-from ..sparsifier import measured_sparsity
-from .baselines import Baseline, extras, find_baseline, find_criteria
+from ..sparsity import measured_sparsity
+from .baselines import Baseline, find_baseline, find_criteria, find_extra
 from .data import load_data
 from .keys import described, run_key, versions
 from .models import make_model, model_channels
 
 # %% auto #0
 __all__ = ['pruning_settings', 'precisions', 'Settings', 'as_dense', 'taking', 'Labelled', 'plain', 'label_of', 'settings_key',
-           'BFloat16', 'names_of', 'layers_of', 'pruner', 'find_extra', 'make_learner', 'run_one']
+           'BFloat16', 'names_of', 'layers_of', 'pruner', 'make_learner', 'run_one']
 
 # %% ../../nbs/experiments/05_run.ipynb #24a45c77
 def _ours(name):
@@ -37,6 +37,7 @@ def _ours(name):
     default = inspect.signature(SparsifyCallback).parameters[name].default
     return schedule_name(default) if inspect.isfunction(default) else default
 
+# %% ../../nbs/experiments/05_run.ipynb #55730f95
 @dataclass(frozen=True)
 class Settings:
     "All that decides the outcome of one training."
@@ -75,6 +76,7 @@ def as_dense(
     plain = {f.name: f.default for f in fields(s) if f.name in pruning_settings}
     return replace(s, **plain | dict(schedule='dense', sparsity=0.))
 
+# %% ../../nbs/experiments/05_run.ipynb #5e98d664
 def taking(
     f:Callable, # A function or class
     s:Settings, # The settings of a training
@@ -91,6 +93,7 @@ class Labelled:
 
 def plain(x): "The value without its name"; return x.value if isinstance(x, Labelled) else x
 
+# %% ../../nbs/experiments/05_run.ipynb #e033ae05
 def label_of(
     x, # The value of a setting
 ): # A string, a number, a bool or None
@@ -101,25 +104,28 @@ def label_of(
     return schedule_name(x)
 
 # %% ../../nbs/experiments/05_run.ipynb #5630f1fa
-_finders = dict(schedule=find_baseline, criteria=find_criteria)
+_finders = dict(schedule=find_baseline, criteria=find_criteria, extra=find_extra)
 
 def _found(name, value):
     "What a setting means: the function behind a name"
     find = _finders.get(name)
     return value if find is None or value == 'dense' else find(value)
 
+# %% ../../nbs/experiments/05_run.ipynb #f334fdf3
 def settings_key(
     s:Settings, # The settings of a training
     data:str, # Fingerprint of its images
     device:str='cpu', # Kind of device
 ) -> str: # Twelve hexadecimal digits
     "The key of a training. The place of the data does not count, its contents do."
-    config = dict(data_is=data, device=device, ranks=num_distrib(), **{f'version_{k}': versions()[k].partition('+')[0] for k in ('fasterprune', 'fastai', 'torch')})
+    config = dict(data_is=data, device=device, ranks=num_distrib())
+    for k in ('fasterprune', 'fastai', 'torch'): config[f'version_{k}'] = versions()[k].partition('+')[0]
     for f in fields(s):
         value = getattr(s, f.name)
         if f.name == 'path': continue
         try: config[f.name] = [label_of(value), described(_found(f.name, plain(value)))]
-        except TypeError as e: raise ValueError(f"{f.name} {label_of(value)!r} holds {e}: its rows could not be told from others in a file. "
+        except TypeError as e: raise ValueError(f"{f.name} {label_of(value)!r} holds {e}: "
+                                                "its rows could not be told from others in a file. "
                                                 "Make it a plain function of plain values, or do without out=") from None
     return run_key(config)
 
@@ -131,12 +137,14 @@ class _Tell(Callback):
     def after_epoch(self):
         if sys.stderr.isatty(): print(f'\r{self.text} epoch {self.epoch+1}/{self.n_epoch} ', end='', file=sys.stderr, flush=True)
 
+# %% ../../nbs/experiments/05_run.ipynb #e55e1366
 class _MeasureAtTheEnd(Callback):
     "What counts is the last epoch: validate after no other"
     order = -20
     def before_validate(self):
         if self.epoch < self.n_epoch-1: raise CancelValidException()
 
+# %% ../../nbs/experiments/05_run.ipynb #7c50cd35
 class BFloat16(Callback):
     "Autocast to bfloat16 on any device, images with their channels last."
     order = 10
@@ -147,6 +155,7 @@ class BFloat16(Callback):
     def after_pred(self): self.learn.pred = self.pred.float()
     def after_loss(self): self.cast.__exit__(None, None, None)
 
+# %% ../../nbs/experiments/05_run.ipynb #c1925555
 precisions = dict(float32=(), bf16=(ChannelsLast, BFloat16))
 
 # %% ../../nbs/experiments/05_run.ipynb #bef46689
@@ -156,6 +165,7 @@ def names_of(
     "Names as the command takes them."
     return [n.strip() for n in text.split(',') if n.strip()] if isinstance(text, str) else list(text)
 
+# %% ../../nbs/experiments/05_run.ipynb #c89d992b
 def layers_of(
     layers, # Types or names with commas between, or what `SparsifyCallback` takes
 ): # What `SparsifyCallback` takes
@@ -165,6 +175,7 @@ def layers_of(
     names = names_of(layers)
     return [types_[n] for n in names] if all(n in types_ for n in names) else names
 
+# %% ../../nbs/experiments/05_run.ipynb #e1d6483a
 def pruner(
     s:Settings, # The settings of a training
 ) -> Callback|None: # None for dense training
@@ -177,16 +188,7 @@ def pruner(
     how = {k: v for k,v in {**how, **b.settings}.items() if k in inspect.signature(b.pruner).parameters}
     return b.pruner(**how)
 
-# %% ../../nbs/experiments/05_run.ipynb #286f94d3
-def find_extra(
-    extra:str|Callable|None, # A name in `extras`, or a function that makes a callback
-) -> Callable|None: # The function
-    "What makes the further callback; a clear `ValueError` if there is none of that name."
-    if extra is None or callable(extra): return extra
-    if extra in extras: return extras[extra]
-    raise ValueError(f"extra got {extra!r}; it is one of {', '.join(extras)}, or from Python a function that makes a callback")
-_finders['extra'] = find_extra
-
+# %% ../../nbs/experiments/05_run.ipynb #d114b42d
 def make_learner(
     s:Settings, # The settings of a training
     dls:DataLoaders, # Its data
@@ -200,6 +202,7 @@ def make_learner(
     cbs = [_MeasureAtTheEnd(), pruner(s), extra and extra(), *[cb() for cb in precisions[s.precision]], *loggers]
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=[cb for cb in cbs if cb])
 
+# %% ../../nbs/experiments/05_run.ipynb #25d5447e
 def _fit(learn, s):
     b = None if s.schedule == 'dense' else find_baseline(plain(s.schedule))
     if b is None or b.lr is None: learn.fit_one_cycle(s.epochs, s.lr, wd=s.wd)
@@ -223,16 +226,18 @@ def run_one(
     with learn.no_bar(), learn.no_logging(), _ranks(learn): _fit(learn, s)
     return dict(seconds=round(time.perf_counter()-start, 3), **_measured(learn, s))
 
+# %% ../../nbs/experiments/05_run.ipynb #ead87cd4
 def _ranks(learn):
     "Under `accelerate launch`, the context in which each process trains with its share of each batch"
     if num_distrib() < 2: return nullcontext()
     from fastai import distributed # patches the Learner
     return learn.distrib_ctx()
 
+# %% ../../nbs/experiments/05_run.ipynb #b1b30194
 def _measured(learn, s):
     last = dict(zip(list(learn.recorder.metric_names)[1:], learn.recorder.values[-1]))
     counted_in = 'weight' if ':' in str(s.granularity) else plain(s.granularity)
     counted = measured_sparsity(learn.model, layers_of(plain(s.layers)), names_of(plain(s.exclude)), counted_in)
     curve = [list(point) for point in getattr(learn.recorder, 'sparsity_measured', [])]
-    return dict(accuracy=float(last['accuracy']), valid_loss=float(last['valid_loss']), zeros=counted.zeros, weights=counted.n, measured=float(counted),
-                steps=len(learn.recorder.losses), curve=curve[::max(1, len(curve)//100)])
+    return dict(accuracy=float(last['accuracy']), valid_loss=float(last['valid_loss']), zeros=counted.zeros, weights=counted.n,
+                measured=float(counted), steps=len(learn.recorder.losses), curve=curve[::max(1, len(curve)//100)])

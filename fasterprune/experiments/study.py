@@ -14,10 +14,10 @@ from typing import Callable
 import numpy as np, torch
 from fastai.torch_core import default_device, num_distrib, rank_distrib
 from ..tables import Table
-from .data import find_data, find_images, load_data
+from .data import find_images, load_data
 from .keys import described, versions
 from .models import model_channels
-from .pictures import plot_accuracy, plot_curves, plot_params, write_report
+from .pictures import plot_accuracy, plot_curves, plot_params
 from .plan import (check_budget, check_process, check_pruning, chosen, grid, recipe_settings, rehearse_all,
                                           setting_name, settled)
 from .results import Claims, Results
@@ -54,11 +54,13 @@ class Comparison(Table):
 @lru_cache(maxsize=1) # one data set per process: the trainings of a comparison share it
 def _data(data_is, device, **how):
     found = find_images(how['data'], how['path'])
-    if found.fingerprint() != data_is: raise ValueError(f"data={how['data']}: the images on this machine are not those that the comparison began with")
+    if found.fingerprint() != data_is:
+        raise ValueError(f"data={how['data']}: the images on this machine are not those that the comparison began with")
     dls = load_data(**how, found=found, device=torch.device(device))
     if how['data'] == 'digits': run_one(Settings(schedule='dense', epochs=1), dls, device) # warm up, so that the first time compares
     return dls
 
+# %% ../../nbs/experiments/10_study.ipynb #a6a422ef
 def _train(key, s, data_is, device, tell, single, log):
     "One training: its key and what was measured"
     if single: torch.set_num_threads(1)
@@ -76,6 +78,7 @@ def _row(key, s, images, measured):
     own = {k: _source(plain(getattr(s, k))) for k in ('schedule', 'criteria', 'context', 'extra') if callable(plain(getattr(s, k)))}
     return dict(key=key, **said, **images, **({'source': own} if own else {}), **measured)
 
+# %% ../../nbs/experiments/10_study.ipynb #26aababa
 def _source(f):
     "The text of a function, for the reader of a row"
     try: return inspect.getsource(f)
@@ -84,6 +87,7 @@ def _source(f):
 # %% ../../nbs/experiments/10_study.ipynb #37305f2a
 loggers = ('csv', 'tensorboard', 'wandb')
 
+# %% ../../nbs/experiments/10_study.ipynb #ecb4d98d
 def _logger(name, folder, key):
     "One of fastai's callbacks that log, for one training"
     file = Path(folder)/'logs'/key
@@ -99,6 +103,7 @@ def _logger(name, folder, key):
     wandb.init(project='fasterprune', name=key, dir=str(folder), reinit=True)
     return WandbCallback(log_preds=False, log_model=False)
 
+# %% ../../nbs/experiments/10_study.ipynb #306428c4
 def _check_log(log, out):
     log = names_of(log)
     for n in log:
@@ -119,6 +124,7 @@ def _pool(workers, dask):
         n = _check_cluster(dask, client.nthreads())
         with parallel_config('dask', n_jobs=n, wait_for_workers_timeout=20): yield n
 
+# %% ../../nbs/experiments/10_study.ipynb #4df1b898
 def _dask_client(dask):
     try: from distributed import Client
     except ImportError: raise ValueError("dask needs Dask, which is not installed: pip install 'fasterprune[dask]'") from None
@@ -126,11 +132,13 @@ def _dask_client(dask):
     except (OSError, ValueError) as e: raise ValueError(f"dask={dask}: no scheduler answers there ({e}); "
                                                         "give its address, such as tcp://10.0.0.1:8786") from None
 
+# %% ../../nbs/experiments/10_study.ipynb #43750a29
 def _check_cluster(dask, threads):
     "The number of workers, each of one thread"
     if not threads: raise ValueError(f"dask={dask}: the cluster has no workers; start some with: dask worker {dask} --nthreads 1")
     most = max(threads.values())
-    if most > 1: raise ValueError(f"dask={dask}: a worker runs {most} tasks at a time in one process, and they would share one random state; "
+    if most > 1: raise ValueError(f"dask={dask}: a worker runs {most} tasks at a time in one process, "
+                                  "and they would share one random state; "
                                   "start the workers with --nthreads 1 (and --nworkers for more of them)")
     return len(threads)
 
@@ -142,6 +150,7 @@ class _InMemory:
     def rows(self): return list(self.kept.values())
     def add(self, row): self.kept.setdefault(row['key'], row)
 
+# %% ../../nbs/experiments/10_study.ipynb #1f8d1496
 class _NoClaims:
     "One process, or several that train together"
     def take(self, key): return True
@@ -196,6 +205,7 @@ def _keyed(todo, data_is, device, out):
     if out is None: return {f'{i:x}': s for i,s in enumerate(todo)}
     return {settings_key(s, data_is, torch.device(device or default_device()).type): s for s in todo}
 
+# %% ../../nbs/experiments/10_study.ipynb #0985770c
 def _plan(given, seeds, first_seed, recipe, settings):
     "The trainings as they were asked for"
     given = recipe_settings(recipe, {**given, 'seeds': seeds})
@@ -204,12 +214,16 @@ def _plan(given, seeds, first_seed, recipe, settings):
     return grid(given, seeds, settings),seeds
 
 # %% ../../nbs/experiments/10_study.ipynb #afce2114
+def _silent(s): pass
+def _only(**given): return {k: v for k,v in given.items() if v is not None}
+
 def _named(given, settings):
     "Settings under the names that recipes have for them"
     plural = dict(schedule='schedules', sparsity='sparsities')
     names = {k: setting_name(k, settings) for k in given}
     return {plural.get(names[k], names[k]): v for k,v in given.items()}
 
+# %% ../../nbs/experiments/10_study.ipynb #8ebbcb38
 def _prepare(todo, found, device, out, results, say):
     "The trainings by their keys, with what suits the images"
     full = [settled(s, found.pixels) for s in todo]
@@ -239,8 +253,10 @@ def compare(
     **given, # Any other of the `Settings`, one value or several: data, path, criteria, contexts, granularity, epochs, …
 ) -> Comparison: # A table of the rows
     "Train what is not in `out` yet: for each seed the dense network, then each contestant at each sparsity."
-    if rank_distrib(): say = lambda s: None # the first of several processes tells, and writes
-    todo,seeds = _plan(_named(given, settings) | dict(schedules=schedules, sparsities=sparsities), seeds, first_seed, recipe, settings)
+    if rank_distrib(): say = _silent # the first of several processes tells, and writes
+    if num_distrib() > 1 and torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    given = _named({**given, **_only(schedules=schedules, sparsities=sparsities)}, settings)
+    todo,seeds = _plan(given, seeds, first_seed, recipe, settings)
     check_process(device, workers, seeds)
     for s in todo: check_budget(s); check_pruning(s)
     log,results = _check_log(log, out),_InMemory() if out is None else Results(out)

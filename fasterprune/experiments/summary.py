@@ -23,6 +23,7 @@ def varied(
     pruned = [r for r in rows if r['schedule'] != 'dense'] or rows
     return [k for k in _shown if len({str(r.get(k)) for r in pruned}) > 1]
 
+# %% ../../nbs/experiments/07_summary.ipynb #125797b4
 def row_label(
     row:dict, # A row of `Results`
     names:list=(), # The settings that vary, see `varied`
@@ -31,6 +32,7 @@ def row_label(
     names = [k for k in names if row['schedule'] != 'dense' or k in _training_settings]
     return ' '.join([row['schedule'], *filter(None, (_word(k, row.get(k)) for k in names))])
 
+# %% ../../nbs/experiments/07_summary.ipynb #17c481a7
 def _word(name, value):
     if value in (None, '', False): return ''
     if value is True: return name
@@ -44,6 +46,7 @@ def _grouped(rows, names):
     for r in rows: groups.setdefault(row_label(r, names), []).append(r)
     return groups
 
+# %% ../../nbs/experiments/07_summary.ipynb #b2bf1a66
 def by_label(
     rows:list, # Rows of `Results`
     sparsity:float, # Of this sparsity only
@@ -52,6 +55,7 @@ def by_label(
     groups = _grouped([r for r in rows if r['schedule'] != 'dense' and r['sparsity'] == sparsity], varied(rows))
     return dict(sorted(groups.items(), key=lambda kv: -_mean_accuracy(kv[1])))
 
+# %% ../../nbs/experiments/07_summary.ipynb #1f37d4db
 def levels(
     rows:list, # Rows of `Results`
 ) -> list: # Sparsities, ascending
@@ -62,7 +66,7 @@ def _budget(row): return tuple(str(row.get(k)) for k in ('seed', *_training_sett
 
 # %% ../../nbs/experiments/07_summary.ipynb #e540d216
 class Summary(Table):
-    "Accuracy, measured sparsity, gap to the dense network of the same seed, and time against it: mean ± standard deviation over the seeds."
+    "Accuracy, measured sparsity, gap to the dense network of the same seed, and time against it: mean ± sd over the seeds."
     left = (1,)
     def __init__(self,
         rows:list, # Rows of `Results`
@@ -72,7 +76,8 @@ class Summary(Table):
         self.dense = {_budget(r): r for r in rows if r['schedule'] == 'dense'}
 
     def _table(self):
-        head = ['sparsity asked', 'schedule', 'accuracy, last epoch (%)', 'gap to dense (points)', 'sparsity measured (%)', 'time / dense', 'runs']
+        head = ['sparsity asked', 'schedule', 'accuracy, last epoch (%)', 'gap to dense (points)',
+                'sparsity measured (%)', 'time / dense', 'runs']
         dense = _grouped(self.dense.values(), varied(self.rows))
         table = [head, *[self._line('0', name, g) for name,g in dense.items()]]
         for s in levels(self.rows): table += [self._line(f'{s:g}', name, g) for name,g in by_label(self.rows, s).items()]
@@ -83,8 +88,10 @@ class Summary(Table):
         gap = mean_sd([r['accuracy']-d['accuracy'] for r,d in pairs], 100) if pairs else ''
         ratios = [r['seconds']/d['seconds'] for r,d in pairs if _comparable(r, d)]
         ratio = f'{np.median(ratios):.2f}' if ratios else ''
-        return [asked, name, mean_sd([r['accuracy'] for r in rows], 100), gap, f"{100*np.mean([r['measured'] for r in rows]):.2f}", ratio, str(len(rows))]
+        accuracy,measured = mean_sd([r['accuracy'] for r in rows], 100),100*np.mean([r['measured'] for r in rows])
+        return [asked, name, accuracy, gap, f'{measured:.2f}', ratio, str(len(rows))]
 
+# %% ../../nbs/experiments/07_summary.ipynb #d9c24822
 def _comparable(a, b): return all(a.get(k) == b.get(k) for k in ('date', 'device', 'threads'))
 
 def summarize(
@@ -105,6 +112,7 @@ def _verdict(d):
     if abs(np.mean(d)) <= _interval(d): return 'within noise'
     return 'better' if np.mean(d) > 0 else 'worse'
 
+# %% ../../nbs/experiments/07_summary.ipynb #9d5c240d
 def _difference(d):
     "Cells of the table"
     sign,mean,half = '+' if np.mean(d) > 0 else '',np.mean(d),_interval(d)
@@ -113,7 +121,7 @@ def _difference(d):
 
 # %% ../../nbs/experiments/07_summary.ipynb #48ba3728
 class Paired(Table):
-    "Accuracy of one contestant minus that of each other, paired by seed: mean ± standard deviation, and the 95 % interval of the mean (Student's t)."
+    "Accuracy of one contestant minus that of each other, paired by seed: mean ± sd, and the 95 % interval of the mean (Student's t)."
     left = (1, 5)
     def __init__(self,
         rows:list, # Rows of `Results`
@@ -140,9 +148,11 @@ class Paired(Table):
 
     def _notes(self):
         for s,groups in self.groups.items():
-            if self._differences(s):
-                yield f'At a sparsity of {s:g}, {self.reference} is number {list(groups).index(self.reference)+1} of {len(groups)} by mean accuracy.'
+            if not self._differences(s): continue
+            place = list(groups).index(self.reference)+1
+            yield f'At a sparsity of {s:g}, {self.reference} is number {place} of {len(groups)} by mean accuracy.'
 
+# %% ../../nbs/experiments/07_summary.ipynb #62072ff8
 def paired(
     rows:list, # Rows of `Results`
     reference:str|None=None, # As in `Paired`
@@ -156,6 +166,7 @@ def _common(rows, name):
     values = [r.get(name) for r in rows if name in _training_settings or r['schedule'] != 'dense'] or [rows[-1].get(name)]
     return values[0] if all(v == values[0] for v in values) else None
 
+# %% ../../nbs/experiments/07_summary.ipynb #aa06dd92
 def _images(rows):
     r = rows[-1]
     parts = [' '.join(filter(None, [r['data'], r.get('folder')]))]
@@ -163,9 +174,11 @@ def _images(rows):
     elif r.get('images'): parts.append(f"{r['images']:,} images")
     return parts
 
-_phrases = dict(arch='{}', size='{} pixels', pretrained='pretrained', epochs='epochs {}', bs='batch {}', lr='lr {:g}', wd='wd {:g}', precision='{}',
-                extra='{}', granularity='{} granularity', context='{} context', criteria='{}', exclude='without {}', coupled='coupled filters')
+_phrases = dict(arch='{}', size='{} pixels', pretrained='pretrained', epochs='epochs {}', bs='batch {}', lr='lr {:g}', wd='wd {:g}',
+                precision='{}', extra='{}', granularity='{} granularity', context='{} context', criteria='{}',
+                exclude='without {}', coupled='coupled filters')
 
+# %% ../../nbs/experiments/07_summary.ipynb #3c5d3f43
 def heading(
     rows:list, # Rows of `Results`
 ) -> str: # One line
