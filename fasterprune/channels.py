@@ -82,7 +82,7 @@ def group(self:ChannelGraph,
     g.writers = list(self._rows(of, {m: self._filters[m] for m in [layer, *self.ran]}))
     for row in self._rows(of, self._inputs): (g.norms if isinstance(row[1], norm_types) else g.readers).append(row)
     g.others = list(dict.fromkeys(why for label,why in self.found.fixed.items() if of[self.found.roots[label]] >= 0))
-    if len({i for row in g.readers for i in row[3]}) < g.n: g.others.append('nobody is known to read some of them')
+    if not g.others and len({i for row in g.readers for i in row[3]}) < g.n: g.others.append('nobody is known to read some of them')
     return g
 
 @patch

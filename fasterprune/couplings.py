@@ -5,6 +5,7 @@
 # %% ../nbs/05c_couplings.ipynb #1680bf77
 from __future__ import annotations
 import math
+from collections import Counter
 import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch
@@ -32,6 +33,7 @@ class Couplings(Labels):
         super().__init__(model)
         self.names = {m: n for n,m in model.named_modules()}
         self.roots,self.fixed = np.arange(self.n+1),{} # from label to that which stands for its class; from label to the reason why it stays
+        self._users = Counter(id(p) for m in model.modules() for p in m._parameters.values()) # of each parameter
         self._classes = {} # from the label that stands for a class to its labels
         self._inside,self._why = [],'' # the layers that are running, each with the number of its products; the reason at hand
 
@@ -75,9 +77,11 @@ def pool(self:Couplings, x, dims):
     return out.expand(x.amax(dims, keepdim=True).shape)
 
 # %% ../nbs/05c_couplings.ipynb #ec784ff8
+def _plain(call): return call.name.removeprefix('native_').strip('_')
+
 @patch
 def rule(self:Couplings, call):
-    self._why = f'{call.name} is beyond cutting'
+    self._why = f'{_plain(call)} mixes channels'
     if call.is_(torch.Tag.pointwise): self._meet_constants(call)
     return super(Couplings, self).rule(call)
 
@@ -99,7 +103,7 @@ def normed(self:Couplings, x, weight, bias, mean):
 @patch
 def lose(self:Couplings, call):
     for t in call.tensors:
-        if self.known(t): self.fix(self.shadow(t), f'{call.name} mixes channels')
+        if self.known(t): self.fix(self.shadow(t), f'{_plain(call)} mixes channels')
     return self.unknown
 
 # %% ../nbs/05c_couplings.ipynb #3527a937
@@ -139,7 +143,7 @@ def viewed(self:Couplings, call):
     if call.name in _reshapes: dims = [d for d in range(1, x.ndim) if _divided(x.shape, d, outs[0].shape)]
     elif dim is None: dims = range(x.ndim)
     else: dims = [] if outs[0].shape == x.shape else [dim]
-    if any(_varies(x, d) for d in dims): self.fix(x, f'{call.name} counts channels')
+    if any(_varies(x, d) for d in dims): self.fix(x, f'{_plain(call)} counts channels')
 
 # %% ../nbs/05c_couplings.ipynb #c5db8539
 def _places(call, ndim):
@@ -155,7 +159,7 @@ def _places(call, ndim):
 def moved(self:Couplings, call):
     if call.name in ('cat', 'stack', 'repeat'): return
     for x in (self.shadow(t) for t in call.tensors if self.known(t)):
-        if any(_varies(x, d) for d in _places(call, x.ndim)): self.fix(x, f'{call.name} counts channels')
+        if any(_varies(x, d) for d in _places(call, x.ndim)): self.fix(x, f'{_plain(call)} counts channels')
 
 # %% ../nbs/05c_couplings.ipynb #616ef266
 def is_depthwise(
@@ -164,10 +168,12 @@ def is_depthwise(
     "Does `m` pass channels on, one by one?"
     return getattr(m, 'groups', 1) == getattr(m, 'in_channels', 0) == n_channels(m) > 1
 
-def _why_fixed(m):
+@patch
+def _why_fixed(self:Couplings, m):
     "Why neither inputs nor filters of layer `m` can be cut; '' if they can"
     if getattr(m, 'groups', 1) > 1 and not is_depthwise(m): return 'is a grouped convolution'
     if m._parameters.get('weight') is None: return 'computes its weight'
+    if self._users[id(m.weight)] > 1: return 'shares its weight'
     return ''
 
 @patch
@@ -178,7 +184,7 @@ def enter(self:Couplings, m, x):
     pool = super(Couplings, self).pool if isinstance(m, norm_types) else self.pool
     labels = pool(self.canon(self.shadow(x)), others).flatten()
     self.read[m] = self.met(self.read[m], labels) if m in self.read else labels
-    if m in self.first and _why_fixed(m): self.fix(labels, f'layer {self.names[m]} {_why_fixed(m)}')
+    if m in self.first and self._why_fixed(m): self.fix(labels, f'layer {self.names[m]} {self._why_fixed(m)}')
 
 @patch
 def leave(self:Couplings, m, out):
@@ -187,7 +193,7 @@ def leave(self:Couplings, m, out):
     if m not in self.first: return
     mine = torch.arange(self.first[m]+1, self.first[m]+1+n_channels(m), device=self.read[m].device)
     if is_depthwise(m): self.met(self.read[m], mine.float())
-    elif _why_fixed(m): self.fix(mine, f'layer {self.names[m]} {_why_fixed(m)}')
+    elif self._why_fixed(m): self.fix(mine, f'layer {self.names[m]} {self._why_fixed(m)}')
 
 # %% ../nbs/05c_couplings.ipynb #951b6113
 def find_couplings(

@@ -108,12 +108,21 @@ def _computed(o):
     if not isinstance(o, (list, tuple)): return []
     return [t for x in o for t in _computed(x)]
 
+def _uncopied(model):
+    "Which attributes cannot be copied"
+    def fails(o):
+        try: copy.deepcopy(o)
+        except Exception: return True
+    own = {f'{name or "the model"}.{k}': v for name,m in model.named_modules() for k,v in vars(m).items() if k != '_modules'}
+    return ', '.join(k for k,v in own.items() if fails(v)) or 'for its own reasons'
+
 def copied(
     model:nn.Module, # Any network
 ) -> nn.Module: # Another one
     "A deep copy, without the history of its tensors."
     known = {id(t): t.detach().clone() for m in model.modules() for t in _computed(vars(m))}
-    return copy.deepcopy(model, known)
+    try: return copy.deepcopy(model, known)
+    except Exception as e: raise ValueError(f"the model cannot be copied: {_uncopied(model)} ({type(e).__name__}: {e}); nothing was changed") from e
 
 # %% ../nbs/05_probe.ipynb #5172626a
 def _first(args, kwargs): return args[0] if args else next(iter(kwargs.values()))
