@@ -20,10 +20,10 @@ from .trial import as_before, one_batch
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/17_learner.ipynb #36235ae2
+# %% ../nbs/17_learner.ipynb #65fef236
 patch_to(Learner)(sparsity_find)
 
-# %% ../nbs/17_learner.ipynb #69e9e959
+# %% ../nbs/17_learner.ipynb #5ef0e1f0
 def _beside(ax, steps, values, name, color, style, shift):
     "A curve with an axis of its own, `shift` points to the right"
     twin = ax.twinx()
@@ -31,7 +31,7 @@ def _beside(ax, steps, values, name, color, style, shift):
     twin.set_ylabel(name, color=color)
     return twin.plot(steps, values, color=color, ls=style, lw=1, label=name)
 
-# %% ../nbs/17_learner.ipynb #bc5d0d26
+# %% ../nbs/17_learner.ipynb #2741ba7a
 @patch
 def plot_sparsity(self:Recorder,
     ax=None, # Matplotlib axes to draw on; new ones if None
@@ -73,10 +73,10 @@ def save_sparse(self:Learner,
     if not rank_distrib(): storage.save_sparse(self.model, file)
     return file
 
-# %% ../nbs/17_learner.ipynb #3e3d5f06
+# %% ../nbs/17_learner.ipynb #67e8e455
 def _shapes(model): return [p.shape for p in model.parameters()]
 
-# %% ../nbs/17_learner.ipynb #9bb4d849
+# %% ../nbs/17_learner.ipynb #b956c124
 @patch
 def load_sparse(self:Learner,
     file, # Name, or an open file
@@ -97,7 +97,7 @@ def _replace(learn, model, small):
     learn.model = small # what was compiled is the large network
     tell("the small network is not compiled yet: learn.model = torch.compile(learn.model)")
 
-# %% ../nbs/17_learner.ipynb #e15677fe
+# %% ../nbs/17_learner.ipynb #9a59c71d
 @patch
 def shrink(self:Learner,
     sample=None, # A batch of inputs; one of the Learner's own batches if None
