@@ -8,6 +8,7 @@ from typing import Callable
 from torch import nn
 from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar
+from .budget import best_context
 from .criteria import magnitude
 from .curves import LayerSensitivity, SparsityCurve, knee, within
 from .granularity import final_sparsity
@@ -65,7 +66,7 @@ def sparsity_find(
     learn:Learner, # Its model is copied; it stays as it was
     sparsities=ladder, # Sparsities to try, in [0, 1); 0 is always among them
     granularity:str|tuple='weight', # As in `SparsifyCallback`
-    context:str|Callable='local', # As in `SparsifyCallback`
+    context:str|Callable|None=None, # As in `SparsifyCallback`
     criteria:Callable=magnitude, # As in `SparsifyCallback`; criteria that compare with earlier weights have nothing to compare with
     layers=nn.Conv2d, # As in `SparsifyCallback`
     exclude=(), # As in `SparsifyCallback`
@@ -81,6 +82,7 @@ def sparsity_find(
     if n_batches is not None and n_batches < 1:
         raise ValueError(f"n_batches got {n_batches}; give at least 1, or None for the whole validation set")
     if bigger is None: bigger = _bigger_is_better(metric)
+    if context is None: context = best_context(granularity)
     copies = PrunedCopies(learn, granularity=granularity, context=context, criteria=criteria, layers=layers, exclude=exclude)
     scope = copies()[1].layers
     rungs = _rungs(sparsities, granularity)
