@@ -21,5 +21,9 @@ from .curves import *
 from .find import *
 from .packing import *
 from .storage import *
+from .surgery import *
+from .optimizers import *
+from .lottery import *
+from .learner import *
 
 __all__ = [n for n in dir() if not n.startswith('_')] # all that came in by the stars above
