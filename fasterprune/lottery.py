@@ -11,6 +11,7 @@ from typing import Callable
 import torch
 from torch import nn
 from fastcore.basics import listify, patch
+import fastai.callback.schedule # gives the Learner its fit_one_cycle
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
@@ -29,7 +30,7 @@ __all__ = ['Ticket', 'save_ticket', 'load_ticket', 'train_ticket', 'find_ticket'
 # %% ../nbs/16_lottery.ipynb #d737a66d
 def _state(model): return {k: v.detach().cpu().clone() for k,v in unwrap(model).state_dict().items()}
 
-# %% ../nbs/16_lottery.ipynb #24e17fc4
+# %% ../nbs/16_lottery.ipynb #0431165a
 class Ticket:
     "Which weights a sparse network has, and what they were at the beginning."
     def __init__(self,
@@ -47,7 +48,7 @@ class Ticket:
         found = f", found by {self.settings['schedule']}" if 'schedule' in self.settings else ''
         return f"Ticket: {float(self):.2%} sparse, {len(self.masks)} layers, epoch {self.rewind_epoch}{found}"
 
-# %% ../nbs/16_lottery.ipynb #bb6733cb
+# %% ../nbs/16_lottery.ipynb #9677256a
 @patch
 def _misfits(self:Ticket, model):
     "Names of layers and tensors that are not the same in the ticket and in `model`"
@@ -56,7 +57,7 @@ def _misfits(self:Ticket, model):
     bad += sorted(self.start.keys() ^ here.keys())
     return bad + [k for k,v in self.start.items() if k in here and here[k].shape != v.shape]
 
-# %% ../nbs/16_lottery.ipynb #68a4d345
+# %% ../nbs/16_lottery.ipynb #dc8b8425
 @patch
 def apply(self:Ticket,
     model:nn.Module, # The network that the ticket was found in, or another like it
@@ -84,13 +85,13 @@ def save_ticket(
     write_atomic(file, data.getvalue())
     return file
 
-# %% ../nbs/16_lottery.ipynb #a3507b77
+# %% ../nbs/16_lottery.ipynb #03b6eb7a
 def load_ticket(
     file:Path, # What `save_ticket` wrote
 ) -> Ticket: # The ticket, on the CPU
     "Read a ticket; `ValueError` if the file holds none."
-    data,advice = Path(file).read_bytes(),"give a file that save_ticket wrote"
-    try: d = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+    data,advice = io.BytesIO(Path(file).read_bytes()),"give a file that save_ticket wrote"
+    try: d = torch.load(data, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"{file} is no ticket: it cannot be read ({type(e).__name__}); {advice}") from None
     if isinstance(d, dict) and {'masks', 'start', 'settings'} <= d.keys(): return Ticket(d['masks'], d['start'], d['settings'])
     raise ValueError(f"{file} is no ticket: it has no masks and start; {advice}")
@@ -105,14 +106,14 @@ def _fit(learn, n_epoch, lr_max, cbs, start_epoch, seed):
             if hasattr(dl, 'rng'): dl.rng.seed(seed)
     learn.fit_one_cycle(n_epoch, lr_max, cbs=cbs, start_epoch=start_epoch)
 
-# %% ../nbs/16_lottery.ipynb #e06e0d81
+# %% ../nbs/16_lottery.ipynb #010f3d83
 def _prune_dependents(learn, ticket):
     how = {k: ticket.settings[k] for k in ('granularity', 'coupled') if k in ticket.settings}
     if how.get('granularity', 'weight') == 'weight': return
     sp = Sparsifier(learn.model, layers=list(ticket.masks), sample=one_batch(learn)[0], **how)
     sp.masks = {l.name: ticket.masks[l.name] for l in sp.layers}
 
-# %% ../nbs/16_lottery.ipynb #7141f99b
+# %% ../nbs/16_lottery.ipynb #239fadea
 def train_ticket(
     learn:Learner, # Its model takes the ticket
     ticket:Ticket, # The ticket
@@ -133,7 +134,7 @@ def _target(sparsity, r, rounds):
     if isinstance(sparsity, dict): return {k: _target(v, r, rounds) for k,v in sparsity.items()}
     return sparsity if r == rounds else 1 - (1-sparsity)**(r/rounds)
 
-# %% ../nbs/16_lottery.ipynb #467559ef
+# %% ../nbs/16_lottery.ipynb #41c957c4
 class _Round(SparsifyCallback):
     "Begins with the masks of the round before, ends at `target`, and remembers the masks at the end"
     def __init__(self, sparsity, target, masks=None, **kwargs):
@@ -150,7 +151,7 @@ class _Round(SparsifyCallback):
         super()._finish()
         self.found = {n: m.cpu() for n,m in self.sparsifier.masks.items()}
 
-# %% ../nbs/16_lottery.ipynb #0cfd4cb9
+# %% ../nbs/16_lottery.ipynb #98473974
 class _Remember(Callback):
     "The state of the network at the end of an epoch"
     order = 90
@@ -158,29 +159,26 @@ class _Remember(Callback):
     def after_epoch(self):
         if self.learn.epoch == self.at-1: self.state = _state(self.learn.model)
 
-# %% ../nbs/16_lottery.ipynb #9b7e9b74
+# %% ../nbs/16_lottery.ipynb #463604d3
 def _code(f):
     "What a function does, as text that is the same in every process"
     if isinstance(f, partial): return f'{_code(f.func)} {f.args} {sorted(f.keywords.items())}'
-    code = getattr(f, '__code__', None)
-    if code is None: return f'{type(f).__module__}.{type(f).__qualname__} {sorted(vars(f).items())}'
-    consts = [_inner(c) for c in code.co_consts]
+    if not hasattr(f, '__code__'): return f'{type(f).__module__}.{type(f).__qualname__} {sorted(vars(f).items())}'
     closed = [_inner(c.cell_contents) for c in f.__closure__ or ()]
-    return f'{code.co_code.hex()} {consts} {code.co_names} {closed} {f.__defaults__} {f.__kwdefaults__}'
+    return f'{_inner(f.__code__)} {closed} {f.__defaults__} {f.__kwdefaults__}'
 
-# %% ../nbs/16_lottery.ipynb #5e47276d
+# %% ../nbs/16_lottery.ipynb #bec50d01
 def _inner(v):
     if hasattr(v, 'co_code'): return f'{v.co_code.hex()} {[_inner(c) for c in v.co_consts]} {v.co_names}'
     return _code(v) if callable(v) and not isinstance(v, type) else repr(v)
 
 def _named(f):
     "A function by its name, with a fingerprint unless it is one of ours or fastai's"
-    inner = f.func if isinstance(f, partial) else f
-    name = getattr(inner, '__name__', type(inner).__name__)
+    name = getattr(f.func if isinstance(f, partial) else f, '__name__', type(f).__name__)
     if not isinstance(f, partial) and getattr(f, '__module__', '').split('.')[0] in ('fasterprune', 'fastai', 'torch'): return name
     return f'{name} {hashlib.sha256(_code(f).encode()).hexdigest()[:12]}'
 
-# %% ../nbs/16_lottery.ipynb #c751d59e
+# %% ../nbs/16_lottery.ipynb #e1251c79
 def _plain(v):
     "Numbers, strings, lists and dicts of them: what `torch.load` reads in its safe mode"
     if isinstance(v, dict): return {k: _plain(x) for k,x in v.items()}
@@ -189,7 +187,7 @@ def _plain(v):
     if isinstance(v, float): return float(v)
     return v.__name__ if isinstance(v, type) else _named(v) if callable(v) else str(v)
 
-# %% ../nbs/16_lottery.ipynb #60911726
+# %% ../nbs/16_lottery.ipynb #b15066ed
 def _settings(schedule, **how):
     "All that decides about a ticket"
     own = {} if getattr(schedule, '__module__', '') == 'fasterprune.schedules' else {'schedule_code': _named(schedule)}
@@ -200,7 +198,7 @@ def _another(file, found, wanted):
     bad = [f"{k}={found.get(k)!r} instead of {v!r}" for k,v in wanted.items() if found.get(k) != v]
     return ValueError(f"{file} is of another search ({', '.join(bad) or 'with more settings'}); give another path, or remove what is there")
 
-# %% ../nbs/16_lottery.ipynb #63a253b4
+# %% ../nbs/16_lottery.ipynb #4c2c8983
 def _take_up(path, settings):
     "The last round in `path`, and its ticket"
     for r in range(settings['rounds'], 0, -1):
@@ -219,7 +217,7 @@ def _check_search(learn, n_epoch, rounds, rewind_epoch, layers=nn.Conv2d, exclud
     if rounds < 1: raise ValueError(f"rounds got {rounds}; there must be at least 1")
     find_layers(unwrap(learn.model), layers, exclude)
 
-# %% ../nbs/16_lottery.ipynb #54dfd80e
+# %% ../nbs/16_lottery.ipynb #45497cbd
 def find_ticket(
     learn:Learner, # Its model's present weights are the beginning; afterwards it holds the ticket, rewound
     n_epoch:int, # Epochs of each round
@@ -247,7 +245,7 @@ def find_ticket(
     ticket.apply(learn.model)
     return ticket
 
-# %% ../nbs/16_lottery.ipynb #2609bd62
+# %% ../nbs/16_lottery.ipynb #a461f74d
 def _train_round(learn, n_epoch, lr_max, one, ticket, rewind_epoch, seed, cbs):
     "The ticket of one round, which begins with that of the round before"
     if ticket is not None: ticket.apply(learn.model)
@@ -266,14 +264,14 @@ def _blocks(mask):
         if (mask == first).all(): mask = first
     return mask
 
-# %% ../nbs/16_lottery.ipynb #6666cc9f
+# %% ../nbs/16_lottery.ipynb #0935f109
 def _in_lots(mask, m, g):
     "A pattern in which the weights of each lot of `m` are in random order"
     lots = mask.movedim(1, -1).unflatten(-1, (-1, m))
     order = torch.rand(lots.shape, generator=g).argsort(-1)
     return lots.gather(-1, order).flatten(-2).movedim(-1, 1).contiguous()
 
-# %% ../nbs/16_lottery.ipynb #67248aca
+# %% ../nbs/16_lottery.ipynb #eb1be1e4
 def _in_blocks(mask, orders, g):
     "A mask whose blocks are in random order, the same one for equal masks"
     blocks = _blocks(mask)
@@ -281,7 +279,7 @@ def _in_blocks(mask, orders, g):
     if key not in orders: orders[key] = torch.randperm(blocks.numel(), generator=g)
     return blocks.flatten()[orders[key]].view_as(blocks).expand_as(mask).clone()
 
-# %% ../nbs/16_lottery.ipynb #47443b5a
+# %% ../nbs/16_lottery.ipynb #a631ff79
 def shuffled(
     ticket:Ticket, # The ticket
     seed:int=0, # Of the shuffling
@@ -292,7 +290,7 @@ def shuffled(
     masks = {n: _in_lots(m, int(lot), g) if lot else _in_blocks(m, orders, g) for n,m in ticket.masks.items()}
     return Ticket(masks, ticket.start, dict(ticket.settings, shuffled=seed))
 
-# %% ../nbs/16_lottery.ipynb #2ca66a28
+# %% ../nbs/16_lottery.ipynb #8e21e9d0
 def restarted(
     ticket:Ticket, # The ticket
     model:nn.Module, # A new network of the same make, with other first weights
