@@ -75,6 +75,7 @@ def setting_kind(
 def _typed(name, value, settings):
     "What a text means where a number is wanted"
     kind = setting_kind(name, settings)
+    if value == 'none' and {f.name: f.default for f in fields(settings)}[name] is None: return None
     if not isinstance(value, str) or kind not in ('int', 'float'): return value
     try: return dict(int=int, float=float)[kind](value)
     except ValueError: raise ValueError(f"{name} got {value!r}; it is a number, or several with commas between") from None

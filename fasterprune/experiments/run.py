@@ -53,7 +53,7 @@ class Settings:
     bs:int=64 # Batch size
     wd:float|None=None # Weight decay; fastai's default if not given
     precision:str='float32' # float32, or bf16: autocast to bfloat16, channels last
-    extra:str|Callable|None=None # One more callback, for dense trainings too: ham (a multiplicative step), or a function that makes one
+    extra:str|Callable|None=None # One more callback, for dense trainings too: none, ham (a multiplicative step), or a function
     seed:int=0 # Of the first weights, the batches and the augmentation
     schedule:str|Callable|Baseline='onecycle' # When to prune: a schedule or a rival by name, or a function of your own
     sparsity:float=0.95 # Target sparsity, a fraction
