@@ -14,7 +14,7 @@ from .sparsity import check_sparsity
 from .tables import shortened
 
 # %% auto #0
-__all__ = ['check_settings', 'Budget']
+__all__ = ['best_context', 'check_settings', 'Budget']
 
 # %% ../nbs/08b_budget.ipynb #abd945bd
 def _check_together(granularity, context, coupled):
@@ -26,6 +26,13 @@ def _check_together(granularity, context, coupled):
         raise ValueError(f"coupled=True is for whole filters; granularity got {granularity!r}: pass granularity='filter'")
     if final_sparsity(granularity) < 1 and check_context(context) not in (uniform, unscaled): raise ValueError(
         f"context {context!r} gives layers different sparsities, but the pattern {granularity!r} fixes the same for each: use 'local' or 'global'")
+
+def best_context(
+    granularity:str|tuple='weight', # As for `SparsifyCallback`
+    sparsity:float|dict=.9, # As for `SparsifyCallback`
+) -> str: # 'lamp', or 'local' where each layer's sparsity is fixed
+    "The context that gave the best networks where we measured it; what `SparsifyCallback` uses if none is given."
+    return 'local' if isinstance(sparsity, dict) or final_sparsity(granularity) < 1 else 'lamp'
 
 def check_settings(
     granularity:str|tuple='weight', # As for `Sparsifier`

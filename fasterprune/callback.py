@@ -9,12 +9,12 @@ from typing import Callable
 from torch import nn
 from fastcore.basics import patch
 from fastai.callback.tracker import SaveModelCallback
-from .budget import check_settings
+from .budget import best_context, check_settings
 from .criteria import magnitude
 from .events import ZerosCallback
-from .granularity import final_sparsity
+from .granularity import check_granularity, final_sparsity
 from .layers import tell
-from .schedules import check_schedule, sched_onecycle
+from .schedules import check_schedule, sched_onecycle_log
 from .sparsifier import Sparsifier
 from .sparsity import check_sparsity
 from .tables import shortened
@@ -29,9 +29,9 @@ class SparsifyCallback(ZerosCallback):
     def __init__(self,
         sparsity:float|dict, # Fraction of the weights in scope to be zero at the end, in [0, 1), or a dict from layer name to such fractions
         granularity:str|tuple='weight', # Blocks that live and die together: 'weight', 'kernel', 'filter', …, or a pattern such as '2:4'
-        context:str|Callable='local', # How the sparsity is distributed: 'local', 'erk', 'global', 'lamp', or a function, see `check_context`
+        context:str|Callable|None=None, # How the sparsity is distributed: 'local', 'erk', 'global', 'lamp', a function (see `check_context`); `best_context` if None
         criteria:Callable=magnitude, # Scores ≥ 0 from a layer's tensors; the largest are kept
-        schedule:Callable=sched_onecycle, # Function `(start, end, pos) -> sparsity`
+        schedule:Callable=sched_onecycle_log, # Function `(start, end, pos) -> sparsity`
         start_epoch:int=0, # Epoch at which the schedule begins
         end_epoch:int|None=None, # Epoch at which it ends; the last of the fit if None
         layers=nn.Conv2d, # A type or several, a name or several, or a function `(name, module) -> bool`
@@ -41,6 +41,7 @@ class SparsifyCallback(ZerosCallback):
         coupled:bool=False, # Are filters that make the same channels, through a residual sum for instance, pruned as one?
     ):
         self.target = check_sparsity(sparsity)
+        if context is None: context = best_context(check_granularity(granularity), sparsity)
         check_settings(granularity, context, criteria, coupled)
         check_schedule(schedule, max(self._targets()), regrow)
         _check_pattern(granularity, self._targets())
@@ -174,7 +175,7 @@ def _count(self:SparsifyCallback):
 @patch
 def _train_ends(self:SparsifyCallback):
     if self.sparsifier is None or self._opening: return
-    if self.learn.epoch == self._n_epoch-1 and self._trained: self._last_step()
+    if self._epoch == self._n_epoch-1 and self._trained: self._last_step()
     self._hold()
 
 @patch

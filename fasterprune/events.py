@@ -83,7 +83,7 @@ def _train_begins(self:ZerosCallback):
     "The first one after `before_fit` begins a fit"
     if self._idle(): return
     if self._opening: self.sparsifier,self._opening,self._n_epoch = None,False,self.learn.n_epoch
-    self._disturbed,self._n_iter,self._measured = False,len(self.learn.dl),None
+    self._disturbed,self._measured,self._epoch,self._n_iter = False,None,self.learn.epoch,len(self.learn.dl)
 
 @patch
 def _fit_ends(self:ZerosCallback):
@@ -102,7 +102,7 @@ def _finish(self:ZerosCallback): self._hold()
 def _pct(self:ZerosCallback):
     "Fraction of the training done, in [0, 1)"
     if not self._disturbed: return self.learn.pct_train
-    return (self.learn.epoch + self.learn.iter/self._n_iter) / self._n_epoch
+    return (self._epoch + self.learn.iter/self._n_iter) / self._n_epoch
 
 # %% ../nbs/09a_events.ipynb #182945cb
 _writing_events = ('after_step', 'after_cancel_step', 'after_cancel_batch', 'after_batch', 'before_batch', 'before_train', 'before_epoch', 'after_epoch')
@@ -221,4 +221,4 @@ def _write_column(self:ZerosCallback):
     recorder.log.append(self._measured)
 
 @patch
-def _n_steps(self:ZerosCallback): return round(self.learn.epoch*self._n_iter + self.learn.iter + 1) if self._disturbed else self.learn.train_iter
+def _n_steps(self:ZerosCallback): return self._epoch*self._n_iter + self.learn.iter + 1 if self._disturbed else self.learn.train_iter

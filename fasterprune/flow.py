@@ -10,7 +10,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from .granularity import prunable_types
 from .probe import unwrap
-from .shadows import NoRule, Shadows, channel_dim, follow, norm_types
+from .shadows import NoRule, Shadows, channel_dim, elementwise, follow, norm_types
 
 # %% auto #0
 __all__ = ['n_channels', 'Labels', 'following_norms', 'Live', 'live_channels']
@@ -37,7 +37,7 @@ class Labels(Shadows):
 
     def of_constant(self, t): return torch.zeros(t.shape, device=t.device)
     def of_number(self, x): return 0.
-    def product(self, shadows): return self.combined(shadows)
+    def product(self, call): return elementwise(self, call)
     def normed(self, x, weight, bias, mean): return x
 
     def combined(self, shadows, call=None):
@@ -128,7 +128,7 @@ class Live(Shadows):
     def of_constant(self, t): return (t != 0).float()
     def of_number(self, x): return float(x != 0)
     def pool(self, x, dims): return x.amax(dims, keepdim=True)
-    def product(self, shadows): return torch.stack(shadows).amin(0)
+    def product(self, call): return torch.stack([self.shadow(t).expand(call.shape) for t in call.tensors]).amin(0)
     def contracted(self, call): return (call.of(self.shadow, options=False) > .5).float() # how many products can be other than zero
 
     def combined(self, shadows, call):

@@ -39,9 +39,10 @@ class Group:
 def set(self:Group,
     mask:torch.Tensor, # bool, 1-d, one for each block
     n_pruned:int|None=None, # How many are False; counted when it is asked for if None
+    wake:bool=False, # May blocks that were pruned be among those that are kept?
 ):
     "Write the mask and the count."
-    if self.mask is not None: self._wake(mask & ~self.mask.to(mask.device))
+    if wake and self.mask is not None: self._wake(mask & ~self.mask.to(mask.device))
     self.mask,self._n_pruned = mask,n_pruned
 
 @patch
@@ -51,10 +52,10 @@ def forget(self:Group):
 
 @patch
 def _wake(self:Group, grown):
-    "Norms behind blocks that have come back begin anew"
+    "Filters that have come back begin anew, and so do the norms behind them"
+    for l in self.layers: l.begin_anew(grown)
     for d in self.dependents:
-        if d.param != 'weight': continue
-        d.tensor.detach().masked_fill_(~d.spread(~grown), 1.)
+        if d.param == 'weight': d.tensor.detach().masked_fill_(~d.spread(~grown), 1.)
 
 # %% ../nbs/07_masks.ipynb #a2531b17
 @patch

@@ -4,6 +4,7 @@
 
 # %% ../nbs/06a_members.ipynb #4c3394f1
 from __future__ import annotations
+import math, zlib
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
@@ -93,6 +94,18 @@ def over_weight(self:PrunedLayer,
 @patch
 def _zero_(self:PrunedLayer, t, mask):
     zero_bits_(t if self.blocks.single else weight_view(self.module, t), self.over_weight(mask.to(t.device)))
+
+# %% ../nbs/06a_members.ipynb #0f1ab2f6
+@patch
+def begin_anew(self:PrunedLayer,
+    grown:Tensor, # bool, 1-d, one for each block: True for those that come back
+):
+    "Give whole filters that come back a hundredth of the usual first weights; single weights begin at zero."
+    if not self.blocks.whole_outputs: return
+    w,first = self.weight,torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+    bound = .01/math.sqrt(w[0].numel())
+    new = torch.empty(w.shape).uniform_(-bound, bound, generator=first).to(w)
+    weight_view(self.module, w).copy_(torch.where(grown.to(w.device).view(self.blocks.shape), weight_view(self.module, new), weight_view(self.module, w)))
 
 # %% ../nbs/06a_members.ipynb #2bdc293d
 class Entries(Member):

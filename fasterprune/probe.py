@@ -4,14 +4,14 @@
 
 # %% ../nbs/05_probe.ipynb #591a3417
 from __future__ import annotations
-import sys
+import copy, sys
 from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 from torch import nn, Tensor
 from .granularity import weight_unview, weight_view
 
 # %% auto #0
-__all__ = ['unwrap', 'as_inputs', 'untouched', 'input_scale']
+__all__ = ['unwrap', 'as_inputs', 'untouched', 'copied', 'input_scale']
 
 # %% ../nbs/05_probe.ipynb #e743bdb5
 _parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -99,6 +99,30 @@ def untouched(
         stack.enter_context(torch.random.fork_rng(devices, device_type='cuda'))
         stack.enter_context(torch.autocast(kind, enabled=False))
         yield model
+
+# %% ../nbs/05_probe.ipynb #ac60d696
+def _computed(o):
+    "All tensors in some object's attributes, lists and dicts that autograd has computed"
+    if isinstance(o, Tensor): return [] if o.grad_fn is None else [o]
+    if isinstance(o, dict): o = list(o.values())
+    if not isinstance(o, (list, tuple)): return []
+    return [t for x in o for t in _computed(x)]
+
+def _uncopied(model):
+    "Which attributes cannot be copied"
+    def fails(o):
+        try: copy.deepcopy(o)
+        except Exception: return True
+    own = {f'{name or "the model"}.{k}': v for name,m in model.named_modules() for k,v in vars(m).items() if k != '_modules'}
+    return ', '.join(k for k,v in own.items() if fails(v)) or 'for its own reasons'
+
+def copied(
+    model:nn.Module, # Any network
+) -> nn.Module: # Another one
+    "A deep copy, without the history of its tensors."
+    known = {id(t): t.detach().clone() for m in model.modules() for t in _computed(vars(m))}
+    try: return copy.deepcopy(model, known)
+    except Exception as e: raise ValueError(f"the model cannot be copied: {_uncopied(model)} ({type(e).__name__}: {e}); nothing was changed") from e
 
 # %% ../nbs/05_probe.ipynb #5172626a
 def _first(args, kwargs): return args[0] if args else next(iter(kwargs.values()))

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Callable
 
 # %% auto #0
-__all__ = ['sched_oneshot', 'sched_imp', 'sched_iterative', 'sched_agp', 'sched_onecycle', 'sched_dsd', 'schedule_name',
-           'check_schedule', 'sched_between', 'plot_schedules']
+__all__ = ['sched_oneshot', 'sched_imp', 'sched_iterative', 'sched_agp', 'sched_onecycle', 'sched_onecycle_log', 'sched_dsd',
+           'schedule_name', 'check_schedule', 'sched_between', 'plot_schedules']
 
 # %% ../nbs/00_schedules.ipynb #901ee9b8
 def sched_oneshot(
@@ -59,6 +59,18 @@ def sched_onecycle(
 ) -> float: # Sparsity
     "One-cycle pruning: a logistic curve that is exactly `end` at `pos=1` (Hubens et al. 2021, arXiv 2107.02086)."
     return start + (end-start) * (1 + math.exp(beta-alpha)) / (1 + math.exp(beta-alpha*pos))
+
+# %% ../nbs/00_schedules.ipynb #8af53f6e
+def sched_onecycle_log(
+    start:float, # Sparsity at the beginning
+    end:float, # Sparsity at the end
+    pos:float, # Fraction of the pruning phase done, in [0, 1]
+    alpha:float=14., # Steepness: how fast the pruning goes once it has begun
+    beta:float=5., # Offset: how long it waits; the steepest moment is at beta/alpha
+) -> float: # Sparsity
+    "One-cycle pruning of the survivors: the logarithm of the density goes down the logistic curve, and is exactly `log(1-end)` at `pos=1`."
+    done = sched_onecycle(0., 1., pos, alpha, beta)
+    return end - (1-end) * (((1-start) / (1-end))**(1-done) - 1) # written so that pos=1 gives `end` to the last bit
 
 # %% ../nbs/00_schedules.ipynb #b010708c
 def sched_dsd(

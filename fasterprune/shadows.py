@@ -14,10 +14,14 @@ from .granularity import prunable_types
 from .probe import as_inputs, untouched
 
 # %% auto #0
-__all__ = ['norm_types', 'Call', 'Shadows', 'NoRule', 'channel_dim', 'follow']
+__all__ = ['norm_types', 'tensors', 'Call', 'storage', 'Shadows', 'NoRule', 'elementwise', 'channel_dim', 'follow']
 
 # %% ../nbs/05a_shadows.ipynb #f108ab52
-def _tensors(x): return [t for t in tree_leaves(x) if isinstance(t, Tensor)]
+def tensors(
+    x, # Tensors, lists, tuples and dicts of them, anything else
+) -> list: # The tensors
+    "All tensors in `x`."
+    return [t for t in tree_leaves(x) if isinstance(t, Tensor)]
 
 class Call:
     "One elementary operation of PyTorch, with its arguments by name."
@@ -26,7 +30,7 @@ class Call:
         self.name = self.schema.name.split('::')[1].rstrip('_') # in place or not
         self.names = [a.name for a in self.schema.arguments]
         self.arg = {a.name: a.default_value for a in self.schema.arguments} | dict(zip(self.names, args)) | kwargs
-        self.tensors,self.out = _tensors((args, kwargs)),None
+        self.tensors,self.out = tensors((args, kwargs)),None
 
     def is_(self, tag): return tag in self.func.tags
 
@@ -37,19 +41,24 @@ class Call:
     @property
     def written(self) -> list:
         "The arguments that are changed in place"
-        return [t for a in self.schema.arguments if a.alias_info is not None and a.alias_info.is_write for t in _tensors(self.arg[a.name])]
+        return [t for a in self.schema.arguments if a.alias_info is not None and a.alias_info.is_write for t in tensors(self.arg[a.name])]
 
     @property
-    def shape(self): return (_tensors(self.out) or self.written)[0].shape
+    def shape(self): return (tensors(self.out) or self.written)[0].shape
 
     def of(self, f, keep=(), options=True) -> Tensor:
         "What comes out if each tensor is replaced by `f(tensor)`, but those of the arguments named in `keep`"
         def put(name, x): return x if name in keep else tree_map(lambda t: f(t) if isinstance(t, Tensor) else t, x)
         kwargs = {k: put(k, v) for k,v in self.kwargs.items()} if options else {}
-        return _tensors(self.func(*[put(n, x) for n,x in zip(self.names, self.args)], **kwargs))[0]
+        return tensors(self.func(*[put(n, x) for n,x in zip(self.names, self.args)], **kwargs))[0]
 
 # %% ../nbs/05a_shadows.ipynb #b47d6413
-def _storage(t): return StorageWeakRef(t.untyped_storage()) # weak: a shadow goes when its tensor goes
+def storage(
+    t:Tensor, # Any tensor
+) -> StorageWeakRef: # Equal for tensors that share memory
+    "The memory of `t`: a weak reference, so that a shadow goes when its tensor goes."
+    return StorageWeakRef(t.untyped_storage())
+
 def _length(t): return t.untyped_storage().nbytes() // max(t.element_size(), 1)
 
 class Shadows(TorchDispatchMode):
@@ -59,11 +68,11 @@ class Shadows(TorchDispatchMode):
         super().__init__()
         self.rules,self._memory = _rules(),{} # from a storage to its shadow and the bytes of an element
 
-    def known(self, t): return _storage(t) in self._memory
+    def known(self, t): return storage(t) in self._memory
 
     def shadow(self, t):
         "The shadow of `t`, in its shape"
-        memory,size = self._memory.get(_storage(t), (None, 0))
+        memory,size = self._memory.get(storage(t), (None, 0))
         if memory is None: return self.of_constant(t)
         if size != t.element_size(): return memory.new_full(t.shape, self.unknown) # the same bits, read as another type
         return memory.as_strided(t.shape, t.stride(), t.storage_offset())
@@ -72,14 +81,14 @@ class Shadows(TorchDispatchMode):
         "From now on, the shadow of `t` is `shadow`, a tensor or a number"
         if not self.known(t):
             self._memory = {s: v for s,v in self._memory.items() if not s.expired()}
-            self._memory[_storage(t)] = torch.full((_length(t),), float(self.unknown), device=t.device),t.element_size()
-        memory,size = self._memory[_storage(t)]
+            self._memory[storage(t)] = torch.full((_length(t),), float(self.unknown), device=t.device),t.element_size()
+        memory,size = self._memory[storage(t)]
         if size != t.element_size(): memory.fill_(self.unknown)
         else: memory.as_strided(t.shape, t.stride(), t.storage_offset())[...] = shadow
 
     def adopt(self, t):
         "Give the constant `t`, which is about to be written to, a shadow"
-        self._memory[_storage(t)] = self.of_constant(t.as_strided((_length(t),), (1,), 0)),t.element_size()
+        self._memory[storage(t)] = self.of_constant(t.as_strided((_length(t),), (1,), 0)),t.element_size()
 
 # %% ../nbs/05a_shadows.ipynb #483471d7
 class NoRule(Exception): "Nothing is known of the result of an operation"
@@ -87,12 +96,13 @@ class NoRule(Exception): "Nothing is known of the result of an operation"
 def _follow(shadows, call):
     "Run `call`, and write the shadows of what it makes"
     if not any(shadows.known(t) for t in call.tensors) and not call.is_(torch.Tag.nondeterministic_seeded): return call.run()
-    written,before = call.written,{_storage(t) for t in call.tensors}
+    written,before = call.written,{storage(t) for t in call.tensors}
     for t in written:
         if not shadows.known(t): shadows.adopt(t)
-    outs = [t for t in _tensors(call.run()) if written or _storage(t) not in before]
+    outs = [t for t in tensors(call.run()) if written or storage(t) not in before]
     outs += [t for t in written if not any(t is o for o in outs)]
-    if outs and not call.is_(torch.Tag.inplace_view): _write(shadows, call, outs)
+    if not outs: shadows.viewed(call)
+    elif not call.is_(torch.Tag.inplace_view): _write(shadows, call, outs)
     return call.out
 
 def _write(shadows, call, outs):
@@ -108,9 +118,15 @@ def _write(shadows, call, outs):
 def rule(self:Shadows, call):
     "What the rules say of the first result of `call`"
     rule = self.rules.get(call.name)
-    if rule is None and call.is_(torch.Tag.pointwise): rule = _elementwise
+    if rule is None and call.is_(torch.Tag.pointwise): rule = elementwise
     if rule is None: raise NoRule(call.name)
     return rule(self, call)
+
+@patch
+def viewed(self:Shadows, call): "Told of every view"
+
+@patch
+def moved(self:Shadows, call): "Told of every call that moves elements"
 
 @patch
 def lose(self:Shadows, call):
@@ -121,19 +137,25 @@ def lose(self:Shadows, call):
 def __torch_dispatch__(self:Shadows, func, types, args=(), kwargs=None): return _follow(self, Call(func, args, kwargs or {}))
 
 # %% ../nbs/05a_shadows.ipynb #2bd1517d
-def _elementwise(s, call):
+def elementwise(
+    s:Shadows, # The shadows
+    call:Call, # An operation that treats each element by itself
+) -> Tensor: # The shadow of what it makes
     "Each element is made of the elements at the same place"
     return s.combined([s.shadow(t).expand(call.shape) for t in call.tensors if s.known(t)], call)
 
-def _product(s, call): return s.product([s.shadow(t).expand(call.shape) for t in call.tensors])
+def _product(s, call): return s.product(call)
 
 def _moved(s, call):
     "Elements go to other places, which the input does not decide"
     places = {k: v for k,v in call.arg.items() if k in ('index', 'indices', 'mask')}
-    if any(s.known(t) for t in _tensors(places)): raise NoRule
+    if any(s.known(t) for t in tensors(places)): raise NoRule
+    s.moved(call)
     return call.of(lambda t: s.shadow(t).clone(), keep=places)
 
-def _padded(s, call): return call.func(s.shadow(call.arg['self']), call.arg['pad'], s.of_number(call.arg['value']))
+def _padded(s, call):
+    s.moved(call)
+    return call.func(s.shadow(call.arg['self']), call.arg['pad'], s.of_number(call.arg['value']))
 
 def _constant(s, call): return s.of_constant(call.out) if call.written else None
 
@@ -172,7 +194,7 @@ def _group_norm(s, call):
 
 # %% ../nbs/05a_shadows.ipynb #e986a733
 _by_rule = {
-    _elementwise: 'hardswish hardtanh relu6 leaky_relu elu gelu silu mish _prelu_kernel _to_copy clone',
+    elementwise: 'hardswish hardtanh relu6 leaky_relu elu gelu silu mish _prelu_kernel _to_copy clone',
     _product: 'mul',
     _moved: 'cat stack index index_select gather flip roll repeat copy index_put index_copy slice_scatter select_scatter pixel_shuffle '
             'pixel_unshuffle channel_shuffle native_channel_shuffle im2col reflection_pad1d reflection_pad2d reflection_pad3d '
@@ -211,7 +233,7 @@ def channel_dim(
 
 def _few(inputs, n=2):
     "The first examples of a batch"
-    lengths = {len(t) if t.ndim else 0 for t in _tensors(inputs)}
+    lengths = {len(t) if t.ndim else 0 for t in tensors(inputs)}
     return tree_map(lambda t: t[:n].clone() if isinstance(t, Tensor) else t, inputs) if len(lengths) == 1 and min(lengths) > n else inputs
 
 # %% ../nbs/05a_shadows.ipynb #f93a6b04
@@ -223,20 +245,27 @@ def _run(shadows, net, inputs):
         m.register_forward_pre_hook(lambda m,args,kwargs: shadows.enter(m, _take(m, args, kwargs)), with_kwargs=True)
         m.register_forward_hook(lambda m,args,out: shadows.leave(m, out))
     with torch.no_grad(), shadows:
-        for t in _tensors(inputs): shadows.write(t, shadows.unknown)
+        for t in tensors(inputs): shadows.write(t, shadows.unknown)
         return net(*inputs)
+
+def _train_branches(net):
+    "Containers are in training mode; norms and dropouts are not"
+    for m in net.modules(): m.training = next(m.children(), None) is not None
 
 def follow(
     make, # Makes the `Shadows`
     model:nn.Module, # The network
     sample, # A batch of inputs
+    branches_of_training:bool=False, # Run those too?
 ) -> Shadows: # After the run
     "Run the sample beside new shadows."
     with untouched(model) as net: inputs = as_inputs(sample, net)
     for x in (_few(inputs), inputs):
         shadows = make()
         try:
-            with untouched(model) as net: shadows.outputs = _run(shadows, net, x)
+            with untouched(model) as net:
+                if branches_of_training: _train_branches(net)
+                shadows.outputs = _run(shadows, net, x)
             return shadows
         except Exception as e: error = e # too few, perhaps
     raise ValueError(f"the model does not run on the sample ({type(error).__name__}: {error}); sample is a batch of inputs, as the model takes them") from error

@@ -87,7 +87,7 @@ def update(self:Sparsifier,
     "Select and prune, without counting afterwards: what a training loop calls."
     regrow = self.regrow if regrow is None else regrow
     todo = [(gs, k) for gs,k in self.budget(sparsity, groups) if _changes(gs, k, regrow)]
-    if todo: self._write(todo, self._select(todo, sample, regrow))
+    if todo: self._write(todo, self._select(todo, sample, regrow), regrow)
     self.apply(moved=True)
     return bool(todo)
 
@@ -97,12 +97,12 @@ def _changes(groups, k, regrow):
     return k > pruned or regrow and k < pruned
 
 @patch
-def _write(self:Sparsifier, todo, selected):
+def _write(self:Sparsifier, todo, selected, regrow):
     "Masks, and the memory of criteria that compare with the previous pruning"
     for (groups,_),found in zip(todo, selected):
         self._tell([groups[i].name for i in found.rescued], "these layers would have lost every block to the common threshold, the best block of each was kept")
         for g,mask,n in zip(groups, found.masks, found.n_pruned):
-            g.set(mask, n)
+            with torch.no_grad(): g.set(mask, n, wake=regrow)
             g.apply()
         if 'prev' not in self.wants: continue
         for l in [l for g in groups for l in g.layers]: l.state['prev'].copy_(l.weight)

@@ -19,7 +19,7 @@ from ..callback import SparsifyCallback
 from ..contexts import erk
 from ..criteria import criteria_inputs, random_score
 from ..layers import find_layers
-from ..schedules import sched_agp, sched_between, sched_iterative, sched_onecycle, sched_oneshot
+from ..schedules import sched_agp, sched_between, sched_iterative, sched_onecycle, sched_onecycle_log, sched_oneshot
 from ..sparsifier import Sparsifier
 from ..sparsity import measured_sparsity
 
@@ -44,6 +44,7 @@ _plain = dict(
     iterative=Baseline('three equal steps from 20 % (Han et al. 2015)', sched_between(sched_iterative, 0.2)),
     agp=Baseline('cubic, from 20 % to the end (Zhu & Gupta 2017)', sched_between(sched_agp, 0.2)),
     onecycle=Baseline('one-cycle pruning, α = 14, β = 5 (Hubens et al. 2021)', sched_onecycle),
+    onecycle_log=Baseline('the same curve for the logarithm of the survivors: the default of this package', sched_onecycle_log),
     linear=Baseline('a straight line over all of the training', sched_lin),
     cosine=Baseline('half a cosine over all of the training', sched_cos),
     cosine70=Baseline('half a cosine that ends at 70 % of the training', sched_between(sched_cos, 0, 0.7)),
