@@ -73,7 +73,7 @@ def test_the_right_batchnorm_is_found_where_order_would_mislead():
     m = PreAct()
     for sample in (None, (torch.randn(2, 3, 8, 8),)):
         found = following_norms(m, [m.c0, m.c1, m.c2], sample)
-        assert found == {m.c0: [m.b1], m.c1: [], m.c2: []}
+        assert {layer: [row[0] for row in rows] for layer,rows in found.items()} == {m.c0: [m.b1], m.c1: [], m.c2: []}
 
 @pytest.mark.model
 def test_weight_norm_and_spectral_norm_say_why_not():
