@@ -10,6 +10,7 @@ from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar
 from .criteria import magnitude
 from .curves import LayerSensitivity, SparsityCurve, knee, within
+from .granularity import final_sparsity
 from .sparsifier import check_sparsity
 from .trial import PrunedCopies, validated
 
@@ -23,7 +24,7 @@ _less_is_better = ('loss', 'error', 'mse', 'mae', 'msle', 'mape', 'mspe', 'perpl
 
 def _bigger_is_better(metric): return not any(word in metric.lower() for word in _less_is_better)
 
-# %% ../nbs/12_find.ipynb #73fb047f
+# %% ../nbs/12_find.ipynb #f88e0035
 def _metric_of(learn, metric):
     "The names of loss and metrics, and the one to go by"
     names = ['valid_loss', *(m.name for m in learn.metrics)]
@@ -31,15 +32,14 @@ def _metric_of(learn, metric):
     if metric not in names: raise ValueError(f"metric got {metric!r}; this Learner measures {', '.join(names)}")
     return names,metric
 
-# %% ../nbs/12_find.ipynb #ec225f2c
-def _rungs(sparsities, layers):
-    "The ladder: from 0 to the top, or to what a pattern such as 2:4 leaves"
-    sparsities = [check_sparsity(s) for s in sparsities]
-    top = min(l.blocks.max_sparsity for l in layers)
+# %% ../nbs/12_find.ipynb #c825f32f
+def _rungs(sparsities, granularity):
+    "The ladder: from 0 to the top, or to where a pattern such as 2:4 ends"
+    sparsities,top = [check_sparsity(s) for s in sparsities],final_sparsity(granularity)
     if top < 1: sparsities = [s for s in sparsities if s < top] + [top]
     return sorted({0., *sparsities})
 
-# %% ../nbs/12_find.ipynb #dac44486
+# %% ../nbs/12_find.ipynb #55a51565
 def _each(learn, f, items):
     "`f` of each item, until Ctrl-C; with a progress bar if the Learner shows one"
     res,bar = [],progress_bar(items, leave=False) if hasattr(learn, 'progress') else items
@@ -49,7 +49,7 @@ def _each(learn, f, items):
         if not res: raise
     return res
 
-# %% ../nbs/12_find.ipynb #d5a1df8d
+# %% ../nbs/12_find.ipynb #2276b712
 def _rung(copies, n_batches, s, layers=None):
     "A row: sparsity asked, sparsity measured, loss, metrics"
     model,sp = copies(s, layers)
@@ -60,7 +60,7 @@ def _layer_rows(copies, n_batches, rungs, dense, name):
     first = 0., float(copies(0., [name])[1].measure()), *dense
     return [first, *(_rung(copies, n_batches, s, [name]) for s in rungs[1:])]
 
-# %% ../nbs/12_find.ipynb #5d4996f8
+# %% ../nbs/12_find.ipynb #0af1bad1
 def sparsity_find(
     learn:Learner, # Its model is copied; it stays as it was
     sparsities=ladder, # Sparsities to try, in [0, 1); 0 is always among them
@@ -83,7 +83,7 @@ def sparsity_find(
     if bigger is None: bigger = _bigger_is_better(metric)
     copies = PrunedCopies(learn, granularity=granularity, context=context, criteria=criteria, layers=layers, exclude=exclude)
     scope = copies()[1].layers
-    rungs = _rungs(sparsities, scope)
+    rungs = _rungs(sparsities, granularity)
     copies(rungs[-1]) # any mistake in the settings shows now
     def curve(rows): return SparsityCurve(rows, names, metric, bigger, len(rungs), suggest_funcs or ())
     search = _find_by_layer if by_layer else _find
@@ -91,7 +91,7 @@ def sparsity_find(
     if show_plot: found.plot()
     return found
 
-# %% ../nbs/12_find.ipynb #7c7af860
+# %% ../nbs/12_find.ipynb #ae0047b9
 def _find(copies, n_batches, rungs, scope, curve):
     "All layers together"
     return curve(_each(copies.learn, lambda s: _rung(copies, n_batches, s), rungs))

@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from .cost import Latency, count_flops, count_nonzeros, dense_bytes, measure_latency, sparse_bytes
 from .granularity import Granularity, prunable_types, weight_view
 from .probe import as_inputs
-from .sparsifier import find_layers
+from .layers import find_layers
 from .tables import Table, si
 
 # %% auto #0
@@ -36,7 +36,7 @@ class LayerReport:
     @property
     def sparsity(self) -> float: return self.zeros/self.params if self.params else 0.
 
-# %% ../nbs/11_report.ipynb #71625148
+# %% ../nbs/11_report.ipynb #99a65877
 def _check_values(name, t):
     "`ValueError` if tensor `t` has no values yet"
     if isinstance(t, nn.parameter.UninitializedTensorMixin) or t.is_meta:
@@ -44,7 +44,7 @@ def _check_values(name, t):
 
 def _zeros(t): return t.numel() - count_nonzeros(t)
 
-# %% ../nbs/11_report.ipynb #95083c92
+# %% ../nbs/11_report.ipynb #fbeb4a87
 def _layer(name, module, in_scope, flops):
     "The row of a convolution or linear layer"
     _check_values(name, module.weight)
@@ -54,7 +54,7 @@ def _layer(name, module, in_scope, flops):
     return LayerReport(name, type(module).__name__, tuple(w.shape), in_scope, w.numel(), _zeros(w), zero.numel(), int(zero.sum()),
                        dense_bytes(w), sparse_bytes(w), flops, None if flops is None else round(flops*density))
 
-# %% ../nbs/11_report.ipynb #8fe3964a
+# %% ../nbs/11_report.ipynb #93861a8a
 def _other_tensors(model, weights):
     "Parameters and buffers that are none of `weights`, each once"
     stored = {n: t for n,t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
@@ -65,7 +65,7 @@ def _other_tensors(model, weights):
         seen.add(id(t)); res.append(t)
     return res
 
-# %% ../nbs/11_report.ipynb #8d6bf6be
+# %% ../nbs/11_report.ipynb #66889ab7
 def _everything_else(model, rows, weights, flops):
     "The row of all that is in no other; `weights` are those of `rows`"
     tensors = _other_tensors(model, weights)
@@ -94,7 +94,7 @@ class SparsityReport(Table):
     def sparsity_in_scope(self) -> float: # Of the weights of the layers to prune
         return self.total('zeros', True) / max(1, self.total('params', True))
 
-# %% ../nbs/11_report.ipynb #bd291198
+# %% ../nbs/11_report.ipynb #a1ba23b4
 _numbers = ('params', 'zeros', 'filters', 'zero_filters', 'bytes', 'sparse_bytes')
 _flops = ('flops', 'effective_flops')
 
@@ -102,7 +102,7 @@ def _sum_row(report):
     fields = _numbers if report.inputs is None else _numbers + _flops
     return LayerReport('total', '', (), False, **{f: report.total(f) for f in fields})
 
-# %% ../nbs/11_report.ipynb #c2369bf7
+# %% ../nbs/11_report.ipynb #e3b35d31
 def _part(n, total): return f'{n:,} of {total:,}' if total else ''
 def _times(shape): return '×'.join(map(str, shape))
 
@@ -113,7 +113,7 @@ _columns = {
     'bytes': lambda r: si(r.bytes, 'B'), 'sparse': lambda r: si(r.sparse_bytes, 'B')}
 _flops_columns = {'FLOPs': lambda r: si(r.flops), 'effective': lambda r: si(r.effective_flops)}
 
-# %% ../nbs/11_report.ipynb #e4cff4ac
+# %% ../nbs/11_report.ipynb #0ca60b72
 _dense_kernels = "a dense kernel multiplies by zeros too, so single zeros make it no faster"
 
 @patch
@@ -122,13 +122,13 @@ def _table(self:SparsityReport):
     yield list(columns)
     for row in (*self.rows, _sum_row(self)): yield [show(row) for show in columns.values()]
 
-# %% ../nbs/11_report.ipynb #384e360c
+# %% ../nbs/11_report.ipynb #64177091
 @patch
 def _scope(self:SparsityReport):
     zeros,n = self.total('zeros', True),self.total('params', True)
     return f"{self.sparsity_in_scope:.2%} of the weights in scope are zero ({zeros:,} of {n:,})" if n else "no layer is in scope"
 
-# %% ../nbs/11_report.ipynb #1db4f06f
+# %% ../nbs/11_report.ipynb #5ebb8fbb
 @patch
 def _notes(self:SparsityReport):
     total = _sum_row(self)
@@ -139,20 +139,20 @@ def _notes(self:SparsityReport):
                f"of which {si(total.effective_flops)} are with nonzero weights; {_dense_kernels}")
     if self.latency is not None: yield f"latency: {self.latency}; {_dense_kernels}"
 
-# %% ../nbs/11_report.ipynb #ecec3689
+# %% ../nbs/11_report.ipynb #be06f332
 @patch
 def to_frame(self:SparsityReport): # pandas DataFrame: a row per layer and one for all else, so that columns add up to the model
     "The numbers as a pandas DataFrame."
     import pandas as pd
     return pd.DataFrame([asdict(r) | dict(sparsity=r.sparsity) for r in self.rows]).set_index('name')
 
-# %% ../nbs/11_report.ipynb #a8f40191
+# %% ../nbs/11_report.ipynb #31b0a735
 def _modules_in_scope(model, layers, exclude):
     convs = any(isinstance(m, nn.Conv2d) for m in model.modules())
     if layers is nn.Conv2d and not exclude and not convs: return set()
     return set(find_layers(model, layers, exclude).values())
 
-# %% ../nbs/11_report.ipynb #93297064
+# %% ../nbs/11_report.ipynb #ff5353f1
 def _owners(model):
     "For each weight that can be pruned, the names and modules that have it"
     owners = {}
@@ -161,13 +161,13 @@ def _owners(model):
         if isinstance(m, prunable_types) and weight is not None: owners.setdefault(id(weight), []).append((n, m))
     return list(owners.values())
 
-# %% ../nbs/11_report.ipynb #19f642fa
+# %% ../nbs/11_report.ipynb #c29fe8bf
 def _row(owners, scope, flops):
     name,module = owners[0]
     here = None if flops is None else sum(flops.get(n, 0) for n,_ in owners)
     return _layer(name, module, any(m in scope for _,m in owners), here)
 
-# %% ../nbs/11_report.ipynb #84bf1a03
+# %% ../nbs/11_report.ipynb #51738df9
 def sparsity_report(
     model:nn.Module, # Any network
     sample=None, # A batch of inputs, to count FLOPs with and to time: a tensor, or a tuple or list of them
@@ -196,7 +196,7 @@ _compared = {'parameters': _columns['parameters'], 'sparsity': lambda r: f'{r.sp
              'zero filters': lambda r: f'{r.zero_filters:,}', 'sparse bytes': _columns['sparse']}
 _flops_compared = {'effective FLOPs': _flops_columns['effective']}
 
-# %% ../nbs/11_report.ipynb #7a51d6a1
+# %% ../nbs/11_report.ipynb #ba83b0b7
 @dataclass(repr=False)
 class Comparison(Table):
     "Two reports of one network side by side; see `SparsityReport.compare`."
@@ -217,7 +217,7 @@ class Comparison(Table):
         yield ['layer', *columns]
         for a,b in self._pairs(): yield [(a or b).name, *(_arrow(show, a, b) for show in columns.values())]
 
-# %% ../nbs/11_report.ipynb #9ad8268c
+# %% ../nbs/11_report.ipynb #b8105860
 @patch
 def _notes(self:Comparison):
     before,after = _sum_row(self.before),_sum_row(self.after)
@@ -229,14 +229,14 @@ def _notes(self:Comparison):
                f"{change(_flops_columns['effective'])} with nonzero weights")
     if self.before.latency and self.after.latency: yield f"latency: {self.before.latency} → {self.after.latency}"
 
-# %% ../nbs/11_report.ipynb #19b7e262
+# %% ../nbs/11_report.ipynb #b1a2ef48
 @patch
 def to_frame(self:Comparison): # pandas DataFrame with the columns of both, under 'before' and 'after'
     "The numbers of both reports as a pandas DataFrame."
     import pandas as pd
     return pd.concat({'before': self.before.to_frame(), 'after': self.after.to_frame()}, axis=1)
 
-# %% ../nbs/11_report.ipynb #78f68861
+# %% ../nbs/11_report.ipynb #8b7f2020
 @patch
 def compare(self:SparsityReport,
     after:SparsityReport, # The report of the model as it is now
