@@ -24,7 +24,7 @@ def _channel_dim(m, x): return x.ndim-1 if isinstance(m, nn.Linear) else 1
 
 def _nonzero_channels(m, x): return (x != 0).transpose(0, _channel_dim(m, x)).flatten(1).any(1)
 
-# %% ../nbs/14_surgery.ipynb #f333657c
+# %% ../nbs/14_surgery.ipynb #f37d2d19
 def _positive_noise(m, args, out):
     "Hook: random numbers in the place of an output, zeros where a channel is zero"
     shape = [1]*out.ndim
@@ -35,7 +35,7 @@ def _positive_noise(m, args, out):
 def _noise_like(draw, inputs, shift=0.):
     return tuple(draw(x)+shift if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
-# %% ../nbs/14_surgery.ipynb #d7e90058
+# %% ../nbs/14_surgery.ipynb #bc61c784
 def live_channels(
     model:nn.Module, # The network
     sample, # A batch of inputs
@@ -63,12 +63,12 @@ def _zero_in_group(group, live):
         zero[torch.tensor(of)[alive]] = False
     return zero
 
-# %% ../nbs/14_surgery.ipynb #6354106a
+# %% ../nbs/14_surgery.ipynb #a946a9c9
 def _spared(n_live, n, round_to):
     "How many channels are left: at least one, in multiples of `round_to` where there are enough"
     return min(-(-max(n_live, 1)//round_to)*round_to, n)
 
-# %% ../nbs/14_surgery.ipynb #bdf5f4bc
+# %% ../nbs/14_surgery.ipynb #eb5eac8a
 def zero_channels(
     graph:ChannelGraph, # Of the network
     sample, # A batch of inputs
@@ -94,7 +94,7 @@ def _numbers(t, dim):
     shape[dim] = -1
     return torch.arange(t.shape[dim], dtype=torch.float32, device=t.device).view(shape).expand(t.shape)
 
-# %% ../nbs/14_surgery.ipynb #5f9c85a0
+# %% ../nbs/14_surgery.ipynb #bd6b7e9a
 def _fill_with_numbers(model):
     "Rows in the tensors, columns in their gradients"
     for t in _tensors(model).values():
@@ -102,14 +102,14 @@ def _fill_with_numbers(model):
         t.data = rows
         if isinstance(t, nn.Parameter): t.grad = columns
 
-# %% ../nbs/14_surgery.ipynb #6c1bba93
+# %% ../nbs/14_surgery.ipynb #a61181d6
 def _read_numbers(t):
     "The indices of the rows and columns that are left of a tensor filled with numbers"
     left = [t.data.reshape(len(t), -1)[:, 0]]
     if t.grad is not None: left.append(t.grad[0].reshape(t.shape[1], -1)[:, 0])
     return [numbers.long() for numbers in left]
 
-# %% ../nbs/14_surgery.ipynb #f28a9185
+# %% ../nbs/14_surgery.ipynb #cf01ebce
 def _cut_graph(small, sample, round_to, only):
     "Cut the zero channels (of the groups `only`) out of `small`, which is filled with numbers; the names of the layers that were cut"
     graph = ChannelGraph(small, sample)
@@ -118,7 +118,7 @@ def _cut_graph(small, sample, round_to, only):
     for m,channels in plan.items(): graph.cut(m, channels)
     return [graph.names[m] for m in plan]
 
-# %% ../nbs/14_surgery.ipynb #a972439b
+# %% ../nbs/14_surgery.ipynb #1c29380b
 def _refill(small, large, left):
     "What is left of the values of `large`, and a record of what was cut"
     for prefix,m in small.named_modules():
@@ -129,7 +129,7 @@ def _refill(small, large, left):
         t.data,t.grad = take(large[n].detach(), left.get(n, ())).clone(),None
         if isinstance(t, nn.Parameter): t.requires_grad_(large[n].requires_grad)
 
-# %% ../nbs/14_surgery.ipynb #b914c404
+# %% ../nbs/14_surgery.ipynb #6daf2d1d
 def _cut(model, sample, round_to, only=None):
     "A small copy, from the names of its tensors that were cut to what is left of them, and the names of the layers that were cut"
     small,large = copied(model),_tensors(model)
@@ -149,7 +149,7 @@ def _flat(outputs):
 def _outputs(model, inputs):
     with untouched(model), torch.no_grad(): return _flat(model(*inputs))
 
-# %% ../nbs/14_surgery.ipynb #53e89759
+# %% ../nbs/14_surgery.ipynb #c9d28050
 def _close(a, b):
     "Are two outputs the same, but for rounding? Of whole numbers and truth values only the shape is compared: rounding may tip them over"
     if a.shape != b.shape: return False
@@ -159,7 +159,7 @@ def _close(a, b):
     exact = a.device.type == 'cpu' and a.dtype in (torch.float32, torch.float64)
     return not a.numel() or bool((a-b).abs().max() <= (1e-4 if exact else 2e-2)*a.abs().max() + 1e-6)
 
-# %% ../nbs/14_surgery.ipynb #31501fa0
+# %% ../nbs/14_surgery.ipynb #a57b2347
 def _differ(model, small, sample):
     "Do two networks give different outputs, on the sample or on noise?"
     inputs = as_inputs(sample, model)
@@ -170,7 +170,7 @@ def _differ(model, small, sample):
         if not all(_close(a, b) for a,b in pairs): return True
     return False
 
-# %% ../nbs/14_surgery.ipynb #b15b7497
+# %% ../nbs/14_surgery.ipynb #180f3e90
 def _guilty(model, sample, round_to, names, seconds=20):
     "Which of the layers cannot be cut, each tried alone; all that were not tried if that takes too long"
     start,guilty = time.monotonic(),[]
@@ -179,7 +179,7 @@ def _guilty(model, sample, round_to, names, seconds=20):
         if _differ(model, _cut(model, sample, round_to, [n])[0], sample): guilty.append(n)
     return guilty or names
 
-# %% ../nbs/14_surgery.ipynb #e1d98ee9
+# %% ../nbs/14_surgery.ipynb #fe611dca
 def _zero_filters(model, round_to=1):
     "For each layer with at least `round_to` zero filters, how many of how many"
     res = {}
@@ -190,19 +190,19 @@ def _zero_filters(model, round_to=1):
         if zero >= round_to and m.weight.shape[dim] > 1: res[name] = f'{name} ({zero} of {m.weight.shape[dim]})'
     return res
 
-# %% ../nbs/14_surgery.ipynb #94ebf017
+# %% ../nbs/14_surgery.ipynb #3403bec5
 def _tell_left_in(small, round_to):
     left = _zero_filters(small, round_to)
     if left: tell(
-        "zero filters were left in, because their channels are the output or can be nonzero, through a bias, a norm over channels or "
+        "zero filters were left in because their channels are the output or can be nonzero, through a bias, a norm over channels or "
         f"a residual sum with a live filter: {shortened(left.values())}; coupled filters are pruned together with coupled=True")
 
-# %% ../nbs/14_surgery.ipynb #437c91eb
+# %% ../nbs/14_surgery.ipynb #f6bcb10a
 def _check_round_to(n):
     if isinstance(n, int) and not isinstance(n, bool) and n > 0: return
     raise ValueError(f"round_to got {n!r}; it is a whole number, 8 or 16 for instance")
 
-# %% ../nbs/14_surgery.ipynb #5ea95784
+# %% ../nbs/14_surgery.ipynb #73dd0db0
 def cut_channels(
     model:nn.Module, # A network with filters that are zero
     sample, # A batch of inputs: a tensor, or a tuple or list of them
@@ -221,7 +221,7 @@ def cut_channels(
     _tell_left_in(small, round_to)
     return small, left
 
-# %% ../nbs/14_surgery.ipynb #36664217
+# %% ../nbs/14_surgery.ipynb #988e1e57
 def shrink(
     model:nn.Module, # A network with filters that are zero
     sample, # A batch of inputs: a tensor, or a tuple or list of them
