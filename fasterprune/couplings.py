@@ -62,12 +62,19 @@ def met(self:Couplings, a, b):
     self.fix(torch.where(one, torch.maximum(a, b), 0.)) # with the input of the network, or with zeros beside other channels
     return self.canon(torch.where(torch.minimum(a, b) < 0, self.unknown, torch.where(a > 0, a, b)))
 
+def _gates(a, b):
+    "Is `a` one number for all channels of `b`, by broadcasting? Then there may be fewer"
+    dims = [d for d in range(1, b.ndim) if _varies(b, d)]
+    return bool(dims) and all(a.stride(d) == 0 for d in dims)
+
 @patch
 def combined(self:Couplings, shadows, call=None):
-    if len(shadows) == 1: return shadows[0]
-    out,*others = self.canon(_squashed(torch.stack(shadows), 1)).unbind(0)
-    for x in others: out = self.met(out, x)
-    return out.expand(shadows[0].shape)
+    out,*others = shadows
+    for x in others:
+        if _gates(x, out): continue
+        if _gates(out, x): out = x
+        else: out = self.met(*self.canon(_squashed(torch.stack([out, x]), 1)).unbind(0)).expand(x.shape)
+    return out
 
 @patch
 def pool(self:Couplings, x, dims):
