@@ -9,14 +9,21 @@ __all__ = []
 from .schedules import *
 from .criteria import *
 from .granularity import *
+from .contexts import *
+from .layers import *
 from .sparsifier import *
 from .callback import *
 from .channels import *
+from .cost import *
 from .report import *
+from .pictures import *
+from .curves import *
 from .find import *
+from .packing import *
 from .storage import *
-from .shrink import *
-from .learner import *
+from .surgery import *
+from .optimizers import *
 from .lottery import *
+from .learner import *
 
 __all__ = [n for n in dir() if not n.startswith('_')] # all that came in by the stars above

@@ -84,7 +84,8 @@ def _required(f):
     bound = f.keywords if isinstance(f, partial) else ()
     ps = [p for p in inspect.signature(f).parameters.values() if p.name not in bound and p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     if any(p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) for p in ps): raise TypeError("parameters need names")
-    return tuple(p.name for p in ps)
+    names = tuple(p.name for p in ps)
+    return shares_inputs[:3] if names[1:] == shares_inputs[1:3] else names # the first of three may have any name
 
 # %% ../nbs/03_contexts.ipynb #c999fa97
 def one_threshold(
@@ -120,7 +121,8 @@ def layer_shares(
 ) -> list: # Sparsity of each layer, in [0, 1], None where it takes no part
     "Ask `context` for the sparsity of each layer; `ValueError` if it gives something else."
     known = dict(sparsity=sparsity, shapes=shapes, sizes=sizes, names=names)
-    got = context(**{n: known[n] for n in _required(context)})
+    wants = _required(context)
+    got = context(*[known[n] for n in wants]) if wants == shares_inputs[:3] else context(**{n: known[n] for n in wants})
     try: got = [s if s is None else float(s) for s in got]
     except (TypeError, ValueError): fine = False
     else: fine = len(got) == len(sizes) and all(s is None or 0 <= s <= 1 for s in got)

@@ -20,9 +20,9 @@ class Watch(Callback):
         assert list(self.model.state_dict()) == self.keys
         zeros = [l.weight == 0 for l in sp.layers]
         if self.zeros: assert all((z | ~old).all() for z,old in zip(zeros, self.zeros)), 'a zero came back'
-        if all(l.keep is not None for l in sp.layers):
+        if all(g.mask is not None for g in sp.groups):
             self.passes += 1
-            for l in sp.layers: assert (weight_view(l.module)[(~l.keep_view()).expand_as(weight_view(l.module))] == 0).all()
+            for name,mask in sp.masks.items(): assert (sp.model.get_submodule(name).weight[~mask] == 0).all()
             self.zeros = zeros
 
 @pytest.mark.parametrize('opt', [partial(SGD, mom=.9, wd=.1), Adam, partial(Adam, wd=.1, decouple_wd=False), RAdam, ranger, Lamb, RMSProp, partial(OptimWrapper, opt=torch.optim.AdamW)])
@@ -228,12 +228,12 @@ def test_what_is_kept_is_one_byte_a_weight_at_most():
         m = conv_net()
         m(torch.randn(2, 4, 6, 6)).sum().backward()
         sp = Sparsifier(m, criteria=criteria, sample=torch.randn(2, 4, 6, 6)); sp.record_grad(); sp.update(.5, torch.randn(2, 4, 6, 6))
+        for g in sp.groups: assert g.mask.nbytes == g.weight.numel()
         for l in sp.layers:
-            assert l.keep.nbytes == l.weight.numel()
             assert sum(t.nbytes for t in l.state.values()) == copies*l.weight.nbytes
     for name in ('kernel', 'filter'):
         sp = Sparsifier(conv_net(), name); sp.update(.5)
-        assert all(l.keep.nbytes == l.n for l in sp.layers) # one byte a block
+        assert all(g.mask.nbytes == g.n for g in sp.groups) # one byte a block
 def test_fine_tune_with_a_later_start(learner):
     learn = learner(splitter=lambda m: [params(m[:8]), params(m[8:])])
     with pytest.warns(UserWarning, match='are frozen'): fit(learn, 3, how='fine_tune', cbs=SparsifyCallback(.9, start_epoch=1)) # one frozen epoch: no room, and no need, for the schedule

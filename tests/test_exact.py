@@ -4,11 +4,12 @@ import pytest, torch
 from torch import nn
 from fastai.callback.schedule import sched_cos, sched_lin
 from fasterprune.all import *
-from fasterprune.sparsifier import select_blocks, select_on_device
+from fasterprune.contexts import lamp
+from fasterprune.selection import select_in_slices, select_on_device
 from conftest import conv_net, fit
 
-schedules = dict(oneshot=sched_oneshot, oneshot40=delayed(sched_oneshot, .4), iterative=sched_iterative, agp=sched_agp, onecycle=sched_onecycle,
-                 onecycle6=partial(sched_onecycle, beta=6.), linear=sched_lin, cosine=sched_cos, cosine70=delayed(sched_cos, 0, .7), own=lambda start, end, pos: start+(end-start)*pos**.5)
+schedules = dict(oneshot=sched_oneshot, oneshot40=sched_between(sched_oneshot, .4), iterative=sched_iterative, agp=sched_agp, onecycle=sched_onecycle,
+                 onecycle6=partial(sched_onecycle, beta=6.), linear=sched_lin, cosine=sched_cos, cosine70=sched_between(sched_cos, 0, .7), own=lambda start, end, pos: start+(end-start)*pos**.5)
 
 def blocks(learn, granularity):
     return [(r[4], r[5]) for r in measured_sparsity(learn.model, granularity='weight' if ':' in granularity else granularity, exclude='0' if granularity == '2:4' else ()).rows]
@@ -69,7 +70,7 @@ from contextlib import nullcontext as _nothing
 
 def test_dense_sparse_dense_grows_back(learner):
     learn = learner()
-    fit(learn, n=4, cbs=SparsifyCallback(.8, schedule=sched_dsd, regrow=True, resolution=0))
+    fit(learn, n=4, cbs=SparsifyCallback(.8, schedule=sched_dsd, regrow=True, min_change=0))
     measured = [m for _,m in learn.recorder.sparsity_measured]
     assert max(measured) > .75 and measured[-1] < .02 # the last blocks given back have not been trained yet
 
@@ -99,10 +100,11 @@ def test_the_way_of_a_gpu_selects_the_same(context, granularity, monkeypatch):
     def masks(select):
         torch.manual_seed(0)
         model = conv_net(16)
-        monkeypatch.setattr('fasterprune.sparsifier.select_blocks', select)
+        def dense(scores): return [s if isinstance(s, torch.Tensor) else torch.from_numpy(s[:]) for s in scores]
+        monkeypatch.setattr('fasterprune.sparsifier.select_groups', lambda groups, allow_inf: [select(dense(s), k, m, allow_inf) for s,k,m in groups])
         sp = Sparsifier(model, granularity, context, sample=torch.randn(2, 4, 6, 6))
         for s in (.1, .4, .8, .97): sp.sparsify(s)
-        return [l.keep for l in sp.layers], [l.n_dead for l in sp.layers], [int((~l.keep).sum()) for l in sp.layers]
-    (a, dead, counted), (b, dead_b, counted_b) = masks(select_blocks), masks(select_on_device)
+        return [g.mask for g in sp.groups], [g.n_pruned for g in sp.groups], [int((~g.mask).sum()) for g in sp.groups]
+    (a, dead, counted), (b, dead_b, counted_b) = masks(select_in_slices), masks(select_on_device)
     assert dead == counted == dead_b == counted_b
     assert all(torch.equal(x, y) for x,y in zip(a, b))

@@ -6,6 +6,8 @@ from torch import nn
 import matplotlib
 matplotlib.use('agg')
 import matplotlib.pyplot as plt
+from fasterprune.cost import *
+from fasterprune.pictures import *
 from fasterprune.report import *
 from fasterprune.sparsifier import Sparsifier
 from conftest import conv_net, make_learner, same, state
@@ -25,7 +27,7 @@ def test_totals_are_those_of_numpy(granularity, sparsity, seed):
     assert (r.total('params'), r.total('zeros'), r.total('bytes')) == counted(m)
     convs = [v.numpy() for v in m.state_dict().values() if v.ndim == 4]
     assert r.total('zeros', in_scope=True) == sum(int((w == 0).sum()) for w in convs)
-    assert [l.dead_filters for l in r.layers] == [int((w.detach().flatten(1).numpy() == 0).all(1).sum()) for w in (m[0].weight, m[3].weight, m[6].weight, m[10].weight)]
+    assert [l.zero_filters for l in r.layers] == [int((w.detach().flatten(1).numpy() == 0).all(1).sum()) for w in (m[0].weight, m[3].weight, m[6].weight, m[10].weight)]
     assert r.sparsity_in_scope == r.total('zeros', True)/sum(w.size for w in convs)
     assert r.total('sparse_bytes') <= r.total('bytes')
 
@@ -82,6 +84,21 @@ def test_a_transformer_has_no_conv_and_its_attention_is_counted():
     assert r.total('flops') == 2*10*(8*24 + 8*8 + 8*16 + 16*8) + 2*2*2*(5*5*8)
     assert sparsity_report(m, layers=nn.Linear).total('params', in_scope=True) > 0
     assert torch.backends.mha.get_fastpath_enabled()
+
+class Products(nn.Module):
+    "Attention and nothing else"
+    def __init__(self, **kw): super().__init__(); self.kw = kw
+    def forward(self, q, k, v): return nn.functional.scaled_dot_product_attention(q, k, v, **self.kw)
+
+@pytest.mark.parametrize('q,k,v,kw', [
+    ((2, 3, 10, 4), (2, 3, 10, 4), (2, 3, 10, 4), {}), ((2, 3, 10, 4), (2, 3, 7, 4), (2, 3, 7, 5), {}), ((2, 10, 4), (2, 10, 4), (2, 10, 4), {}),
+    ((2, 3, 10, 4), (2, 3, 10, 4), (2, 3, 10, 4), dict(is_causal=True)), ((1, 4, 6, 8), (1, 2, 6, 8), (1, 2, 6, 8), dict(enable_gqa=True))], ids=str)
+def test_every_form_of_attention_is_counted(q, k, v, kw):
+    "Fused or not: which form runs is PyTorch's choice, and depends on its version"
+    wanted = 2 * int(np.prod(q[:-1])) * k[-2] * (q[-1] + v[-1])
+    inputs = torch.randn(q), torch.randn(k), torch.randn(v)
+    assert count_flops(Products(**kw), inputs)[''] == wanted
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): assert count_flops(Products(**kw), inputs)[''] == wanted
 
 @pytest.mark.parametrize('m,x', [(nn.ReLU(), torch.ones(1)), (nn.Sequential(), torch.ones(1)), (nn.BatchNorm2d(3), torch.ones(1, 3, 2, 2)), (nn.Conv2d(1, 1, 1, bias=False), torch.ones(1, 1, 1, 1)),
                                  (nn.GRU(2, 3), torch.ones(1, 1, 2)), (nn.Conv2d(2, 2, 1).half(), torch.ones(1, 2, 2, 2).half()), (nn.DataParallel(nn.Conv2d(2, 2, 1)), torch.ones(1, 2, 2, 2)),
