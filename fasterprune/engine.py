@@ -221,13 +221,22 @@ def program(self:FastNetwork, inputs):
 def build(self:FastNetwork, inputs):
     "Reads, plans, checks and times."
     module = read_graph(self.model, inputs)
-    program,spec = Program(Reader(module), inputs, self.given),module._out_spec
+    reader,spec = Reader(module),module._out_spec
+    _check_plan(self.given, reader.ops)
+    program = Program(reader, inputs, self.given)
     got,wanted = program(*inputs),tree_flatten(self.model(*inputs))[0]
     program.error = max(_error(g, w) for g,w in zip(got, wanted))
     program.seconds,program.eager = race(lambda: program(*inputs), lambda: self.model(*inputs))
     program.used = program.error < 1e-4 and program.seconds < program.eager
-    program.run = (lambda *i: tree_unflatten(program(*i), spec)) if program.used else self.model
+    program.output = lambda *i: tree_unflatten(program(*i), spec)
+    program.run = program.output if program.used else self.model
     return program
+
+def _check_plan(plan, ops):
+    names = {op.name for op in ops if op.kind in ('conv', 'linear')}
+    for n,how in (plan or {}).items():
+        if n not in names: raise ValueError(f"the plan names {n!r}, which is not among the layers: {', '.join(sorted(names))}")
+        if how not in ('sparse', 'dense'): raise ValueError(f"the plan says {how!r} of {n}; it may say 'sparse' or 'dense'")
 
 def _error(got, wanted):
     return float((got - wanted).abs().max()/wanted.abs().max().clamp(min=1e-30)) if isinstance(wanted, Tensor) else 0.

@@ -110,8 +110,8 @@ def on_linear(self:Reader, node, x, weight, bias):
 # %% ../nbs/15c_graph.ipynb #dfeff762
 @patch
 def on_batch_norm(self:Reader, node, x, weight, bias, mean, var, training, momentum, eps, cudnn):
-    g,b,mean,var = (self.constants[n].double() if n else None for n in (weight, bias, mean, var))
-    if training or not _is_image(x): return
+    g,b,mean,var = (self.constants[n].double() if n in self.constants else None for n in (weight, bias, mean, var))
+    if training or mean is None or not _is_image(x): return
     scale = torch.rsqrt(var + eps)*(1 if g is None else g)
     shift = (0 if b is None else b) - mean*scale
     op = self.unfinished(x)
@@ -150,7 +150,8 @@ def on_add(self:Reader, node, a, b, alpha=1):
 
 @patch
 def on_mul(self:Reader, node, a, b):
-    return _is_image(a) and op_shape(b) in (op_shape(a), (*op_shape(a)[:2], 1, 1)) and self.add('rows', node, [a, b])
+    shape = op_shape(node)
+    return _is_image(node) and all(op_shape(n) in (shape, (*shape[:2], 1, 1)) for n in (a, b)) and self.add('rows', node, [a, b])
 
 @patch
 def on_cat(self:Reader, node, tensors, dim): return _is_image(node) and dim in (1, -3) and self.add('rows', node, tensors)

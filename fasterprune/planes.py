@@ -165,7 +165,7 @@ class TapLayer:
         self.unroll = 1 if maximum else max(1, 8//self.tile)
         self.function = walk_function(self.tile, self.unroll, maximum)
         self._write_table(taps, window)
-        self.args = self._arguments(lo, hi, 16 if len(taps.out) < 8*out.shape[1] else out.shape[1])
+        self.args = self._arguments(lo, hi, 4 if len(taps.out) < 10*out.shape[1] else out.shape[1])
 
 # %% ../nbs/15b_planes.ipynb #1f1bc5a2
 @patch
