@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from .graph import Reader, op_arguments, op_name, op_shape, read_graph
+from .graph import Reader, op_name, op_shape, read_graph
 from .kernels import vector_width
 from .planes import Planes, TapLayer, conv_taps, padding_needed, pool_taps
 
@@ -106,11 +106,11 @@ def do_rows(self:Program, op):
     planes = {n: self.as_planes(n, steps) for n in op.sources if op_shape(n)[2:] == op_shape(op.node)[2:]}
     out = self.new_planes(op_shape(op.node))
     def rows(n): return planes[n].rows if n in planes else self.value(n).flatten(2)
-    steps.append(lambda: out.rows.copy_(function(*map_arg(op_arguments(op.node), rows))))
+    steps.append(lambda: out.rows.copy_(function(*map_arg(op.node.args, rows), **op.node.kwargs)))
     self.commit(op, steps, {**planes, op.node: out})
 
 # %% ../nbs/15_engine.ipynb #97a022b7
-def _activate(act, x): return getattr(torch.ops.aten, op_name(act) + '_')(x, *op_arguments(act)[1:])
+def _activate(act, x): return getattr(torch.ops.aten, op_name(act) + '_')(x, *act.args[1:], **act.kwargs)
 
 @patch
 def sparse(self:Program, op):
