@@ -185,18 +185,23 @@ def do_linear(self:Program, op): self.do_conv(op)
 class FastNetwork:
     "A network for inference on the processor, made by `fast_cpu`; print it to see what runs how."
     def __init__(self, model, inputs, plan):
-        self.model,self.given,self.lock,self.programs,self.shape = model,plan,threading.RLock(),{},inputs[0].shape
+        self.model,self.given,self.lock,self.programs,self.shapes = model,plan,threading.RLock(),{},[i.shape for i in inputs]
         self.first = self.program(inputs)
 
     @torch.no_grad()
     def __call__(self, *inputs):
         _check_inputs(inputs)
-        (n,*rest),shape = self.shape,inputs[0].shape
-        parts = shape[0]//n if list(shape[1:]) == rest and not shape[0] % n else 1
+        parts = self.parts([i.shape for i in inputs])
         with self.lock:
             if parts == 1: return self.program(inputs).run(*inputs)
             outs = [self.first.run(*part) for part in zip(*(i.chunk(parts) for i in inputs))]
         return tree_map(lambda *ts: torch.cat(ts), *outs)
+
+    def parts(self, shapes):
+        "In how many parts of the sample's size a batch is done"
+        (n,*rest),size = self.shapes[0],shapes[0][0]
+        fits = self.first.batched and not size % n and all(s == (size, *own[1:]) for s,own in zip(shapes, self.shapes))
+        return size//n if fits else 1
 
     @property
     def plan(self): return self.first.plan
@@ -225,6 +230,7 @@ def build(self:FastNetwork, inputs):
     _check_plan(self.given, reader.ops)
     program = Program(reader, inputs, self.given)
     got,wanted = program(*inputs),tree_flatten(self.model(*inputs))[0]
+    program.batched = all(isinstance(t, Tensor) and t.shape[:1] == inputs[0].shape[:1] for t in (*inputs, *wanted))
     program.error = max(_error(g, w) for g,w in zip(got, wanted))
     program.seconds,program.eager = race(lambda: program(*inputs), lambda: self.model(*inputs))
     program.used = program.error < 1e-4 and program.seconds < program.eager
@@ -264,6 +270,6 @@ def _line(name, how, left=None, products=0, times=None):
 def __repr__(self:FastNetwork):
     p = self.first
     why = '' if p.used else ': all by PyTorch, which is faster' if p.error < 1e-4 else f': all by PyTorch, because the outputs differ by {p.error:.0e}'
-    head = [f'FastNetwork for {tuple(self.shape)}: {1e3*p.seconds:.2f} ms, PyTorch {1e3*p.eager:.2f} ms{why}',
+    head = [f'FastNetwork for {tuple(self.shapes[0])}: {1e3*p.seconds:.2f} ms, PyTorch {1e3*p.eager:.2f} ms{why}',
         f"{'':32} {'':8}{'weights':>8}{'million':>10}{'sparse':>9}{'dense':>9}", f"{'layer':32} {'runs':8}{'left':>8}{'products':>10}{'ms':>9}{'ms':>9}"]
     return '\n'.join(head + [_line(**r) for r in p.report])
