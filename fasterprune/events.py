@@ -31,8 +31,8 @@ class _First(_Helper):
     def after_epoch(self): self.owner._write_column()
 
 class _Last(_Helper):
-    "Comes after all other callbacks"
-    order = 1_000_000
+    "Comes after all other callbacks, in validation as well"
+    order,run_valid = 1_000_000,True
     def before_train(self): self.owner._train_begins()
     def before_batch(self): self.owner._step()
     def after_train(self): self.owner._train_ends()
@@ -45,15 +45,15 @@ class _Last(_Helper):
 class ZerosCallback(Callback):
     "Keeps the zeros of a `Sparsifier` during a fit; what `SparsifyCallback` and `KeepSparsity` have in common."
     order,run_valid = Recorder.order+1,False
-    sparsifier,_opening,_disturbed = None,False,False
+    sparsifier,_opening,_disturbed = None,0,False # _opening: how many `before_fit` without a training epoch or an end
 
     @property
     def learn(self): return self.__dict__.get('_learn')
     @learn.setter
     def learn(self, learn):
+        if learn is not None: return self._bind(learn)
         self._leave()
-        self.__dict__['_learn'] = learn
-        if learn is not None: self._bind(learn)
+        self.__dict__['_learn'] = None
 
     def _leave(self):
         "Removed from a Learner, perhaps by an exception: leave zeros behind, and no helpers"
@@ -75,20 +75,21 @@ def _idle(self:ZerosCallback): return hasattr(self.learn, 'lr_finder') or hasatt
 @patch
 def before_fit(self:ZerosCallback):
     if hasattr(self.learn, 'lr_finder'): return
-    if not self._idle(): self._opening = True
+    if not self._idle(): self._opening += 1
     if self._opening or self.sparsifier is not None: self._add_column()
 
 @patch
 def _train_begins(self:ZerosCallback):
     "The first one after `before_fit` begins a fit"
     if self._idle(): return
-    if self._opening: self.sparsifier,self._opening,self._n_epoch = None,False,self.learn.n_epoch
-    self._disturbed,self._measured,self._epoch,self._n_iter = False,None,self.learn.epoch,len(self.learn.dl)
+    if self._opening: self.sparsifier,self._opening,self._n_epoch,self._epoch = None,0,self.learn.n_epoch,self.learn.epoch
+    else: self._epoch = max(self._epoch+1, self.learn.epoch) # a validation before the epoch sets the Learner's to zero
+    self._disturbed,self._measured,self._n_iter = self._epoch != self.learn.epoch,None,len(self.learn.dl)
 
 @patch
 def _fit_ends(self:ZerosCallback):
     if self._idle() or self._opening: # not a fit, but a validation or predictions; fastai has set its counters to zero
-        self._opening,self._disturbed = False,True
+        self._opening,self._disturbed = self._opening - (not self._idle()),True
         if self.sparsifier is not None: self._add_column()
         return
     if self.sparsifier is not None: self._finish()
@@ -124,7 +125,7 @@ def _hold(self:ZerosCallback,
 
 @patch
 def _before_validate(self:ZerosCallback):
-    if not (self._idle() or self._opening): self._hold()
+    if not (self._idle() or self._opening): self._hold(moved=not getattr(self, '_strangers', True))
 
 @patch
 def _mask_weights(self:ZerosCallback):
@@ -136,6 +137,7 @@ def _mask_weights(self:ZerosCallback):
 def _step(self:ZerosCallback):
     "Just before the forward pass"
     if self._idle(): return
+    if not self.learn.training: return self._before_validate()
     if self.sparsifier is None: self._start()
     elif self.sparsifier.model is not unwrap(self.learn.model): self.sparsifier.move_to(self.learn.model)
     self._prune()
@@ -210,6 +212,7 @@ def _add_column(self:ZerosCallback):
 @patch
 def after_validate(self:ZerosCallback):
     if self.sparsifier is None or self._idle() or self._opening: return
+    self._before_validate()
     self._measured = float(self.sparsifier.measure())
     self._record.sparsity_measured.append((self._n_steps(), self._measured))
 

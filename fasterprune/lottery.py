@@ -4,27 +4,33 @@
 
 # %% ../nbs/16_lottery.ipynb #1831f334
 from __future__ import annotations
-import os
+import hashlib, io
+from functools import partial
 from pathlib import Path
 from typing import Callable
 import torch
 from torch import nn
-from fastcore.basics import listify
+from fastcore.basics import listify, patch
+import fastai.callback.schedule # gives the Learner its fit_one_cycle
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from fastai.torch_core import get_model, set_seed
-from .callback import SparsifyCallback, _ZerosCallback
-from .granularity import weight_unview, weight_view
+from fastai.torch_core import set_seed
+from .callback import KeepSparsity, SparsifyCallback
+from .layers import find_layers
+from .probe import unwrap
 from .schedules import sched_onecycle, schedule_name
-from .sparsifier import Sparsifier, find_layers
+from .sparsifier import Sparsifier
+from .storage import write_atomic
+from .tables import shortened
+from .trial import one_batch
 
 # %% auto #0
-__all__ = ['Ticket', 'save_ticket', 'load_ticket', 'KeepTicket', 'train_ticket', 'sched_imp', 'find_ticket', 'shuffled',
-           'restarted']
+__all__ = ['Ticket', 'save_ticket', 'load_ticket', 'train_ticket', 'find_ticket', 'shuffled', 'restarted']
 
 # %% ../nbs/16_lottery.ipynb #d737a66d
-def _state(model): return {k: v.detach().cpu().clone() for k,v in get_model(model).state_dict().items()}
+def _state(model): return {k: v.detach().cpu().clone() for k,v in unwrap(model).state_dict().items()}
 
+# %% ../nbs/16_lottery.ipynb #0431165a
 class Ticket:
     "Which weights a sparse network has, and what they were at the beginning."
     def __init__(self,
@@ -37,22 +43,35 @@ class Ticket:
     def rewind_epoch(self) -> int: return self.settings.get('rewind_epoch', 0)
 
     def __float__(self): return sum(int((~m).sum()) for m in self.masks.values()) / sum(m.numel() for m in self.masks.values())
-    def __repr__(self): return f"Ticket: {float(self):.2%} sparse, {len(self.masks)} layers, epoch {self.rewind_epoch}" + (f", found by {self.settings['schedule']}" if 'schedule' in self.settings else '')
 
-    def apply(self,
-        model:nn.Module, # The network that the ticket was found in, or another like it
-    ) -> nn.Module: # The same, rewound, with zeros where the masks are False
-        "Put the ticket into `model`: it is a plain model with zeros in it, ready to be trained by `train_ticket`."
-        model = get_model(model)
-        layers = dict(model.named_modules())
-        here = model.state_dict()
-        bad = [n for n,m in self.masks.items() if n not in layers or layers[n].weight.shape != m.shape]
-        bad += sorted(self.start.keys() ^ here.keys()) + [k for k,v in self.start.items() if k in here and here[k].shape != v.shape]
-        if bad: raise ValueError(f"the ticket does not fit this model: {', '.join(bad[:5])} {'is' if len(bad) == 1 else 'are'} not the same in both; make the model as it was made when the ticket was found")
-        model.load_state_dict(self.start)
-        with torch.no_grad():
-            for n,m in self.masks.items(): layers[n].weight.mul_(m.to(layers[n].weight.device))
-        return model
+    def __repr__(self):
+        found = f", found by {self.settings['schedule']}" if 'schedule' in self.settings else ''
+        return f"Ticket: {float(self):.2%} sparse, {len(self.masks)} layers, epoch {self.rewind_epoch}{found}"
+
+# %% ../nbs/16_lottery.ipynb #9677256a
+@patch
+def _misfits(self:Ticket, model):
+    "Names of layers and tensors that are not the same in the ticket and in `model`"
+    layers,here = dict(model.named_modules()),model.state_dict()
+    bad = [n for n,m in self.masks.items() if n not in layers or layers[n].weight.shape != m.shape]
+    bad += sorted(self.start.keys() ^ here.keys())
+    return bad + [k for k,v in self.start.items() if k in here and here[k].shape != v.shape]
+
+# %% ../nbs/16_lottery.ipynb #dc8b8425
+@patch
+def apply(self:Ticket,
+    model:nn.Module, # The network that the ticket was found in, or another like it
+) -> nn.Module: # The same, rewound, with zeros where the masks are False
+    "Put the ticket into `model`: it is a plain model with zeros in it, ready to be trained by `train_ticket`."
+    model = unwrap(model)
+    bad = self._misfits(model)
+    if bad: raise ValueError(f"the ticket does not fit this model: {shortened(bad, 5)}, not the same in both; "
+                             "make the model as it was made when the ticket was found")
+    model.load_state_dict(self.start)
+    for n,m in self.masks.items():
+        w = model.get_submodule(n).weight
+        with torch.no_grad(): w.masked_fill_(~m.to(w.device), 0.)
+    return model
 
 # %% ../nbs/16_lottery.ipynb #6b278e19
 def save_ticket(
@@ -60,51 +79,41 @@ def save_ticket(
     file:Path, # Where to, such as 'ticket.pt'; an older file is replaced
 ) -> Path: # The file
     "Write a ticket to a file, whole or not at all."
-    file = Path(file)
+    file,data = Path(file),io.BytesIO()
+    torch.save(dict(masks=ticket.masks, start=ticket.start, settings=ticket.settings), data)
     file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_name(f'{file.name}.{os.getpid()}.tmp')
-    try:
-        torch.save(dict(masks=ticket.masks, start=ticket.start, settings=ticket.settings), tmp)
-        os.replace(tmp, file)
-    finally: tmp.unlink(missing_ok=True)
+    write_atomic(file, data.getvalue())
     return file
 
+# %% ../nbs/16_lottery.ipynb #03b6eb7a
 def load_ticket(
     file:Path, # What `save_ticket` wrote
 ) -> Ticket: # The ticket, on the CPU
     "Read a ticket; `ValueError` if the file holds none."
-    try: d = torch.load(file, map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise
-    except Exception as e: raise ValueError(f"{file} is no ticket: it cannot be read ({type(e).__name__}); give a file that save_ticket wrote") from None
-    if not isinstance(d, dict) or not {'masks', 'start', 'settings'} <= d.keys(): raise ValueError(f"{file} is no ticket: it has no masks and start; give a file that save_ticket wrote")
-    return Ticket(d['masks'], d['start'], d['settings'])
+    data,advice = io.BytesIO(Path(file).read_bytes()),"give a file that save_ticket wrote"
+    try: d = torch.load(data, map_location='cpu', weights_only=True)
+    except Exception as e: raise ValueError(f"{file} is no ticket: it cannot be read ({type(e).__name__}); {advice}") from None
+    if isinstance(d, dict) and {'masks', 'start', 'settings'} <= d.keys(): return Ticket(d['masks'], d['start'], d['settings'])
+    raise ValueError(f"{file} is no ticket: it has no masks and start; {advice}")
 
 # %% ../nbs/16_lottery.ipynb #83978866
-def _set_masks(sparsifier, masks):
-    for l in sparsifier.layers:
-        m = masks[l.name].to(l.weight.device)
-        l.flat_keep(); l.keep_view().copy_(~l.blocks.dead(weight_view(l.module, m.to(l.weight.dtype))))
-        l.n_dead = l.n - int(l.keep.sum())
+def _fit(learn, n_epoch, lr_max, cbs, start_epoch, seed):
+    "One cycle with a new optimizer, from `start_epoch`"
+    learn.opt = None # what the optimizer remembers is of another training
+    if seed is not None:
+        set_seed(seed)
+        for dl in learn.dls.loaders:
+            if hasattr(dl, 'rng'): dl.rng.seed(seed)
+    learn.fit_one_cycle(n_epoch, lr_max, cbs=cbs, start_epoch=start_epoch)
 
-def _get_masks(sparsifier):
-    def mask(l):
-        if l.keep is None: return torch.ones(l.weight.shape, dtype=torch.bool)
-        return weight_unview(l.module, l.keep_view().expand_as(weight_view(l.module))).cpu().clone(memory_format=torch.contiguous_format)
-    return {l.name: mask(l) for l in sparsifier.layers}
+# %% ../nbs/16_lottery.ipynb #010f3d83
+def _prune_dependents(learn, ticket):
+    how = {k: ticket.settings[k] for k in ('granularity', 'coupled') if k in ticket.settings}
+    if how.get('granularity', 'weight') == 'weight': return
+    sp = Sparsifier(learn.model, layers=list(ticket.masks), sample=one_batch(learn)[0], **how)
+    sp.masks = {l.name: ticket.masks[l.name] for l in sp.layers}
 
-class KeepTicket(_ZerosCallback):
-    "Keep the masks of a ticket while it is trained."
-    def __init__(self,
-        ticket:Ticket, # The ticket that is in the model
-    ): self.ticket = ticket
-
-    def _begin(self, model):
-        self.sparsifier = Sparsifier(model, self.ticket.settings.get('granularity', 'weight'), layers=list(self.ticket.masks), sample=self.learn.xb)
-        _set_masks(self.sparsifier, self.ticket.masks)
-
-    def _prune(self):
-        if self.learn.iter == 0: self._apply()
-
+# %% ../nbs/16_lottery.ipynb #239fadea
 def train_ticket(
     learn:Learner, # Its model takes the ticket
     ticket:Ticket, # The ticket
@@ -115,41 +124,34 @@ def train_ticket(
 ):
     "Put the ticket into the Learner's model and train it by `fit_one_cycle`, from the epoch to which it was rewound."
     ticket.apply(learn.model)
-    _fit(learn, n_epoch, lr_max, [KeepTicket(ticket), *listify(cbs)], ticket.rewind_epoch, seed)
-
-def _fit(learn, n_epoch, lr_max, cbs, start_epoch, seed):
-    learn.opt = None # what the optimizer remembers is of another training
-    if seed is not None:
-        set_seed(seed)
-        for dl in learn.dls.loaders:
-            if hasattr(dl, 'rng'): dl.rng.seed(seed)
-    learn.fit_one_cycle(n_epoch, lr_max, cbs=cbs, start_epoch=start_epoch)
+    _prune_dependents(learn, ticket)
+    keep = KeepSparsity(coupled=ticket.settings.get('coupled', False), masks=ticket.masks)
+    _fit(learn, n_epoch, lr_max, [keep, *listify(cbs)], ticket.rewind_epoch, seed)
 
 # %% ../nbs/16_lottery.ipynb #b6924813
-def sched_imp(
-    start:float, # Sparsity while it trains
-    end:float, # Sparsity when the training is over
-    pos:float, # Fraction of the training done, in [0, 1]
-) -> float: # Sparsity
-    "Nothing while the network trains, all when the training is over: a round of iterative magnitude pruning (Frankle & Carbin 2019, arXiv 1803.03635)."
-    return end if pos == 1 else start
+def _target(sparsity, r, rounds):
+    "Sparsity after round `r` of `rounds`"
+    if isinstance(sparsity, dict): return {k: _target(v, r, rounds) for k,v in sparsity.items()}
+    return sparsity if r == rounds else 1 - (1-sparsity)**(r/rounds)
 
+# %% ../nbs/16_lottery.ipynb #41c957c4
 class _Round(SparsifyCallback):
-    "A round: begins with the masks of the one before, and remembers those at the end"
-    def __init__(self, sparsity, masks=None, **kwargs):
+    "Begins with the masks of the round before, ends at `target`, and remembers the masks at the end"
+    def __init__(self, sparsity, target, masks=None, **kwargs):
         super().__init__(sparsity, **kwargs)
-        self.masks,self.found = masks,None
+        self.target,self.masks,self.found = target,masks,None
 
     def _begin(self, model):
-        super()._begin(model)
-        if self.masks is not None:
-            _set_masks(self.sparsifier, self.masks)
-            self.sparsifier.apply()
+        sparsifier = super()._begin(model)
+        if self.masks is not None: sparsifier.masks = self.masks
+        return sparsifier
 
-    def after_fit(self):
-        if self.sparsifier is not None: self.found = _get_masks(self.sparsifier)
-        super().after_fit()
+    def _finish(self):
+        if self._trained: self.sparsifier.update(self.scheduled(1.), self.learn.xb, self._trained)
+        super()._finish()
+        self.found = {n: m.cpu() for n,m in self.sparsifier.masks.items()}
 
+# %% ../nbs/16_lottery.ipynb #98473974
 class _Remember(Callback):
     "The state of the network at the end of an epoch"
     order = 90
@@ -157,7 +159,65 @@ class _Remember(Callback):
     def after_epoch(self):
         if self.learn.epoch == self.at-1: self.state = _state(self.learn.model)
 
+# %% ../nbs/16_lottery.ipynb #463604d3
+def _code(f):
+    "What a function does, as text that is the same in every process"
+    if isinstance(f, partial): return f'{_code(f.func)} {f.args} {sorted(f.keywords.items())}'
+    if not hasattr(f, '__code__'): return f'{type(f).__module__}.{type(f).__qualname__} {sorted(vars(f).items())}'
+    closed = [_inner(c.cell_contents) for c in f.__closure__ or ()]
+    return f'{_inner(f.__code__)} {closed} {f.__defaults__} {f.__kwdefaults__}'
+
+# %% ../nbs/16_lottery.ipynb #bec50d01
+def _inner(v):
+    if hasattr(v, 'co_code'): return f'{v.co_code.hex()} {[_inner(c) for c in v.co_consts]} {v.co_names}'
+    return _code(v) if callable(v) and not isinstance(v, type) else repr(v)
+
+def _named(f):
+    "A function by its name, with a fingerprint unless it is one of ours or fastai's"
+    name = getattr(f.func if isinstance(f, partial) else f, '__name__', type(f).__name__)
+    if not isinstance(f, partial) and getattr(f, '__module__', '').split('.')[0] in ('fasterprune', 'fastai', 'torch'): return name
+    return f'{name} {hashlib.sha256(_code(f).encode()).hexdigest()[:12]}'
+
+# %% ../nbs/16_lottery.ipynb #e1251c79
+def _plain(v):
+    "Numbers, strings, lists and dicts of them: what `torch.load` reads in its safe mode"
+    if isinstance(v, dict): return {k: _plain(x) for k,x in v.items()}
+    if isinstance(v, (list, tuple)): return [_plain(x) for x in v]
+    if v is None or isinstance(v, (bool, int, str)): return v
+    if isinstance(v, float): return float(v)
+    return v.__name__ if isinstance(v, type) else _named(v) if callable(v) else str(v)
+
+# %% ../nbs/16_lottery.ipynb #b15066ed
+def _settings(schedule, **how):
+    "All that decides about a ticket"
+    own = {} if getattr(schedule, '__module__', '') == 'fasterprune.schedules' else {'schedule_code': _named(schedule)}
+    return _plain(dict(schedule=schedule_name(schedule), **own, **how))
+
+def _another(file, found, wanted):
+    "An error that names the settings in which two searches differ"
+    bad = [f"{k}={found.get(k)!r} instead of {v!r}" for k,v in wanted.items() if found.get(k) != v]
+    return ValueError(f"{file} is of another search ({', '.join(bad) or 'with more settings'}); give another path, or remove what is there")
+
+# %% ../nbs/16_lottery.ipynb #4c2c8983
+def _take_up(path, settings):
+    "The last round in `path`, and its ticket"
+    for r in range(settings['rounds'], 0, -1):
+        file = Path(path)/f'round_{r}.pt'
+        if not file.exists(): continue
+        ticket = load_ticket(file)
+        if ticket.settings == dict(settings, round=r): return r, ticket
+        raise _another(file, ticket.settings, dict(settings, round=r))
+    return 0, None
+
 # %% ../nbs/16_lottery.ipynb #0340542b
+def _check_search(learn, n_epoch, rounds, rewind_epoch, layers=nn.Conv2d, exclude=(), **_):
+    "What can be wrong, before anything is trained"
+    if not 0 <= rewind_epoch < n_epoch: raise ValueError(
+        f"rewind_epoch got {rewind_epoch}; it is a number of epochs from 0 to {n_epoch-1}, as a round has n_epoch={n_epoch}")
+    if rounds < 1: raise ValueError(f"rounds got {rounds}; there must be at least 1")
+    find_layers(unwrap(learn.model), layers, exclude)
+
+# %% ../nbs/16_lottery.ipynb #45497cbd
 def find_ticket(
     learn:Learner, # Its model's present weights are the beginning; afterwards it holds the ticket, rewound
     n_epoch:int, # Epochs of each round
@@ -169,58 +229,68 @@ def find_ticket(
     path:Path|None=None, # Folder to keep the rounds in, and to take up what is there
     seed:int|None=None, # Of batches and augmentation in each round; not set if None
     cbs=None, # More callbacks
-    **kwargs, # More for `SparsifyCallback`: granularity, context, criteria, layers, exclude
+    **kwargs, # More for `SparsifyCallback`: granularity, context, criteria, layers, exclude, coupled
 ) -> Ticket: # The ticket of the last round
     "Rounds of train → prune → rewind; `ValueError` if a number makes no sense or `path` holds another search."
-    if not 0 <= rewind_epoch < n_epoch: raise ValueError(f"rewind_epoch got {rewind_epoch}; it is a number of epochs from 0 to {n_epoch-1}, as a round has n_epoch={n_epoch}")
-    if rounds < 1: raise ValueError(f"rounds got {rounds}; there must be at least 1")
     SparsifyCallback(sparsity, schedule=schedule, **kwargs) # says now what is wrong
-    find_layers(get_model(learn.model), kwargs.get('layers', nn.Conv2d), kwargs.get('exclude', ()))
-    settings = _plain(dict(sparsity=sparsity, rounds=rounds, n_epoch=n_epoch, lr_max=lr_max, rewind_epoch=rewind_epoch, schedule=schedule_name(schedule), seed=seed, **kwargs))
-    done,ticket = _take_up(path, settings) if path is not None else (0, None)
-    first = _state(learn.model) if ticket is None else None
+    _check_search(learn, n_epoch, rounds, rewind_epoch, **kwargs)
+    how = dict(sparsity=sparsity, rounds=rounds, n_epoch=n_epoch, lr_max=lr_max, rewind_epoch=rewind_epoch, seed=seed, **kwargs)
+    settings = _settings(schedule, **how)
+    done,ticket = (0, None) if path is None else _take_up(path, settings)
     for r in range(done+1, rounds+1):
-        remember = _Remember(rewind_epoch)
-        if ticket is not None: ticket.apply(learn.model)
-        cb = _Round(_target(sparsity, r, rounds), ticket and ticket.masks, schedule=schedule, **kwargs)
-        _fit(learn, n_epoch, lr_max, [cb, remember, *listify(cbs)], rewind_epoch if r > 1 else 0, seed)
-        if cb.found is None: raise ValueError("the training of the round did not come to its end, so there is no ticket")
-        ticket = Ticket(cb.found, ticket.start if ticket else remember.state or first, dict(settings, round=r))
+        one = _Round(sparsity, _target(sparsity, r, rounds), ticket and ticket.masks, schedule=schedule, **kwargs)
+        ticket = _train_round(learn, n_epoch, lr_max, one, ticket, rewind_epoch, seed, cbs)
+        ticket.settings = dict(settings, round=r)
         if path is not None: save_ticket(ticket, Path(path)/f'round_{r}.pt')
     ticket.apply(learn.model)
     return ticket
 
-def _target(sparsity, r, rounds):
-    if isinstance(sparsity, dict): return {k: _target(v, r, rounds) for k,v in sparsity.items()}
-    return sparsity if r == rounds else 1 - (1-sparsity)**(r/rounds)
-
-def _plain(v):
-    "Numbers, strings, lists and dicts of them: what `torch.load` reads in its safe mode"
-    if isinstance(v, dict): return {k: _plain(x) for k,x in v.items()}
-    if isinstance(v, (list, tuple)): return [_plain(x) for x in v]
-    if v is None or isinstance(v, (bool, int, str)): return v
-    return float(v) if isinstance(v, float) else getattr(v, '__name__', str(v))
-
-def _take_up(path, settings):
-    "The last round in `path`, and its ticket"
-    for r in range(settings['rounds'], 0, -1):
-        if not (file := Path(path)/f'round_{r}.pt').exists(): continue
-        ticket = load_ticket(file)
-        if ticket.settings != (wanted := dict(settings, round=r)):
-            bad = [f"{k}={ticket.settings.get(k)!r} instead of {v!r}" for k,v in wanted.items() if ticket.settings.get(k) != v]
-            raise ValueError(f"{file} is of another search ({', '.join(bad) or 'with more settings'}); give another path, or remove what is there")
-        return r, ticket
-    return 0, None
+# %% ../nbs/16_lottery.ipynb #a461f74d
+def _train_round(learn, n_epoch, lr_max, one, ticket, rewind_epoch, seed, cbs):
+    "The ticket of one round, which begins with that of the round before"
+    if ticket is not None: ticket.apply(learn.model)
+    first,remember = _state(learn.model) if ticket is None else ticket.start,_Remember(rewind_epoch)
+    _fit(learn, n_epoch, lr_max, [one, remember, *listify(cbs)], 0 if ticket is None else rewind_epoch, seed)
+    if one.found is None: raise ValueError("the training of the round did not come to its end, so there is no ticket")
+    start = remember.state if ticket is None and rewind_epoch else first
+    if start is None: raise ValueError(f"the training of the round ended before rewind_epoch={rewind_epoch}, so there is no ticket")
+    return Ticket(one.found, start)
 
 # %% ../nbs/16_lottery.ipynb #225d4a20
+def _blocks(mask):
+    "`mask` with one entry along the dimensions in which it does not change"
+    for dim in range(mask.ndim):
+        first = mask.narrow(dim, 0, 1)
+        if (mask == first).all(): mask = first
+    return mask
+
+# %% ../nbs/16_lottery.ipynb #0935f109
+def _in_lots(mask, m, g):
+    "A pattern in which the weights of each lot of `m` are in random order"
+    lots = mask.movedim(1, -1).unflatten(-1, (-1, m))
+    order = torch.rand(lots.shape, generator=g).argsort(-1)
+    return lots.gather(-1, order).flatten(-2).movedim(-1, 1).contiguous()
+
+# %% ../nbs/16_lottery.ipynb #eb1be1e4
+def _in_blocks(mask, orders, g):
+    "A mask whose blocks are in random order, the same one for equal masks"
+    blocks = _blocks(mask)
+    key = blocks.contiguous().numpy().tobytes()
+    if key not in orders: orders[key] = torch.randperm(blocks.numel(), generator=g)
+    return blocks.flatten()[orders[key]].view_as(blocks).expand_as(mask).clone()
+
+# %% ../nbs/16_lottery.ipynb #a631ff79
 def shuffled(
     ticket:Ticket, # The ticket
     seed:int=0, # Of the shuffling
 ) -> Ticket: # With the masks of each layer in random order
     "The control for *which* weights: as many in each layer, chosen at random."
-    g = torch.Generator().manual_seed(seed)
-    return Ticket({n: m.flatten()[torch.randperm(m.numel(), generator=g)].view_as(m) for n,m in ticket.masks.items()}, ticket.start, dict(ticket.settings, shuffled=seed))
+    g,orders = torch.Generator().manual_seed(seed),{}
+    lot = str(ticket.settings.get('granularity')).partition(':')[2]
+    masks = {n: _in_lots(m, int(lot), g) if lot else _in_blocks(m, orders, g) for n,m in ticket.masks.items()}
+    return Ticket(masks, ticket.start, dict(ticket.settings, shuffled=seed))
 
+# %% ../nbs/16_lottery.ipynb #8e21e9d0
 def restarted(
     ticket:Ticket, # The ticket
     model:nn.Module, # A new network of the same make, with other first weights

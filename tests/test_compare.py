@@ -1,7 +1,7 @@
 "The comparison command: resumes, survives kills and concurrent commands, says clearly what is wrong."
 import json, os, random, signal, subprocess, sys, time
 import pytest
-from fasterprune.experiments import data as data_room
+from fasterprune.experiments import data as data_room, study
 from fasterprune.experiments.cli import fasterprune_compare
 from fasterprune.experiments.data import KnownSet, load_data
 from fasterprune.experiments.keys import run_key
@@ -71,8 +71,10 @@ def test_killed_at_ten_random_moments(undisturbed, tmp_path):
 @pytest.mark.fault
 def test_two_commands_on_one_folder(undisturbed, tmp_path):
     ps = [start(tmp_path), start(tmp_path)]
-    for p in ps: p.communicate(timeout=300); assert p.returncode == 0
-    assert len(rows(tmp_path)) == n_runs
+    texts = [p.communicate(timeout=600)[0] for p in ps]
+    assert [p.returncode for p in ps] == [0, 0]
+    assert len(rows(tmp_path)) == n_runs == sum(line.startswith('[') for text in texts for line in text.splitlines()) # nothing was trained twice
+    assert all('| 0.95 | onecycle |' in text for text in texts) # and both have the whole table
     assert stripped(tmp_path) == stripped(undisturbed[0])
 
 @pytest.mark.fault
@@ -89,12 +91,28 @@ def test_a_torn_line_is_dropped_and_done_again(tmp_path):
     (dict(data='mnist'), 'it is one of digits, cifar10'), (dict(path='/no/such', data='cifar10'), '--path got /no/such, which is not a folder'), (dict(data='folder'), 'needs --path DIR'),
     (dict(arch='resnet19'), 'an architecture of torchvision such as resnet18'), (dict(schedules='fast'), 'they are oneshot, iterative'), (dict(sparsities='90'), 'pass 0.9'),
     (dict(sparsities='a,b'), 'commas between'), (dict(granularity='blocks'), 'known are weight'), (dict(context='layer'), 'local, erk, global, lamp'), (dict(seeds=0), 'must be at least 1'),
-    (dict(device='gpu7'), '--device got'),
+    (dict(device='gpu7'), '--device got'), (dict(exclude='nope'), "--exclude names 'nope'"), (dict(layers='nope'), "--layers names 'nope'"), (dict(granularity='2:4', sparsities='0.95'), 'a sparsity of 0.5'),
+    (dict(lr='0'), '--lr got 0.0'), (dict(lr='high'), "--lr got 'high'; it is a number"), (dict(size='0'), '--size got 0'), (dict(epochs='0'), '--epochs got 0'), (dict(bs='1'), '--bs got 1'),
+    (dict(schedules=','), '--schedule got'), (dict(sparsities=''), '--sparsity got'), (dict(criteria='size'), '--criteria got'), (dict(extra='eggs'), '--extra got'), (dict(precision='fp8'), '--precision got'),
+    (dict(min_change='2'), '--min-change got 2'), (dict(log='paper'), '--log got'), (dict(reference='agp', schedules='onecycle'), '--reference got'), (dict(colour='red'), 'colour is not a setting'),
+    (dict(schedules='dpf', granularity='filter'), "--granularity got 'filter', which dpf does not take"),
 ])
-def test_mistakes_are_one_clear_line(tmp_path, args, text):
+def test_mistakes_are_one_clear_line_before_the_first_training(tmp_path, args, text, monkeypatch):
+    monkeypatch.setattr(study, '_train', lambda *args, **kwargs: pytest.fail('a training began'))
     with pytest.raises(SystemExit) as e: fasterprune_compare(out=str(tmp_path/'out'), **args)
     assert text in str(e.value) and '\n' not in str(e.value)
     assert not (tmp_path/'out'/'results.jsonl').exists() or not (tmp_path/'out'/'results.jsonl').read_text()
+
+@pytest.mark.bad_input
+def test_the_library_speaks_of_parameters(tmp_path):
+    for how,text in ((dict(data='mnist'), 'data got'), (dict(data='folder'), 'data=folder needs path=DIR'), (dict(lr=0.), 'lr got'), (dict(exclude='nope'), 'exclude names')):
+        with pytest.raises(ValueError) as e: study.compare(tmp_path, say=lambda s: None, **how)
+        assert text in str(e.value) and '--' not in str(e.value)
+
+def test_help_says_what_recipes_set_and_schedules_mean():
+    p = subprocess.run([*command, '-h'], capture_output=True, text=True)
+    for text in ('agp80           AGP from 20 % to 80 % of the training', 'quick   data cifar10, arch small', '--min-change', '--version'): assert text in p.stdout, p.stdout
+    assert subprocess.run([*command, '--version'], capture_output=True, text=True).stdout.startswith('fasterprune 0.')
 
 @pytest.mark.bad_input
 def test_a_mistake_in_the_terminal(tmp_path):
@@ -125,6 +143,21 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'fsync', real)
     assert [r['key'] for r in res.rows()] == ['a']
     assert res.add(dict(key='b', x=2)) and len(rows(tmp_path)) == 2
+
+@pytest.mark.fault
+def test_a_file_at_its_limit_ends_in_the_promised_line(tmp_path):
+    "A write that is torn by the system: a part of the line fits"
+    code = f"""if 1:
+        import resource
+        from fasterprune.experiments.results import Results
+        res = Results({str(tmp_path)!r})
+        res.add(dict(key='a', x=1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30, 30))
+        try: res.add(dict(key='b', x='y'*100))
+        except ValueError as e: print(e)"""
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert 'the trainings before this one are safe' in p.stdout and 'Traceback' not in p.stderr, p.stderr
+    assert [r['key'] for r in rows(tmp_path)] == ['a']
 
 def test_the_key_is_about_what_decides_the_outcome():
     assert run_key(dict(a=1, b=2)) == run_key(dict(b=2, a=1)) != run_key(dict(a=1, b=3))

@@ -284,6 +284,66 @@ def test_ctrl_c_with_two_workers_and_go_on(alone, tmp_path):
     assert 1 <= len(Results(tmp_path).rows()) < 4
     assert stripped(compare(tmp_path, **quick_one, say=quiet, **config)) == stripped(alone[1])
 
+def own_study(power=2.):
+    "A schedule and a criterion of one's own, one of them with a value that it closes over"
+    def early(start, end, pos): return start + (end-start)*min(1., pos/.5)
+    def mine(weight): return weight.abs()**power
+    return dict(schedules={'early': early}, criteria={'mine': mine}, sparsities=.9, seeds=2, device='cpu', say=quiet, **config)
+
+def test_own_functions_with_workers_and_dask_give_the_rows_of_one_process(tmp_path):
+    from distributed import LocalCluster
+    one = compare(tmp_path/'one', **own_study())
+    assert stripped(one) == stripped(compare(tmp_path/'two', workers=2, **own_study()))
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        assert stripped(one) == stripped(compare(tmp_path/'dask', dask=cluster.scheduler_address, **own_study()))
+    assert {r['schedule'] for r in one} == {'dense', 'early'} and 'def early' in one[1]['source']['schedule']
+
+def test_own_functions_are_known_by_what_they_are(tmp_path):
+    "An old name with another function, or with another value inside, is another training"
+    one = compare(tmp_path, **own_study())
+    again = compare(tmp_path, **own_study())
+    other = compare(tmp_path, **own_study(power=3.))
+    assert [r['key'] for r in one] == [r['key'] for r in again]
+    assert [a['key'] == b['key'] for a,b in zip(one, other)] == [True, False]*2 # the dense networks are shared
+
+@pytest.mark.bad_input
+def test_what_cannot_be_described_is_refused_with_a_folder_and_runs_without(tmp_path):
+    class Odd:
+        def __init__(self): self.lock = __import__('threading').Lock()
+        def __call__(self, start, end, pos): return end
+    with pytest.raises(ValueError, match="schedule 'odd' holds a lock.*do without out="): compare(tmp_path, schedules={'odd': Odd()}, seeds=1, device='cpu', say=quiet, **config)
+    assert len(compare(schedules={'odd': Odd()}, sparsities=.9, seeds=1, device='cpu', say=quiet, **config)) == 2
+
+def test_one_more_picture_is_another_training(tmp_path):
+    for c in 'ab': images(tmp_path/'data'/c, 6)
+    how = dict(data='folder', path=str(tmp_path/'data'), schedules='onecycle', sparsities=.8, seeds=1, epochs=1, bs=2, size=16, device='cpu')
+    said = []
+    one = compare(tmp_path/'out', say=said.append, **how)
+    assert said[0] == 'chosen for these images: arch=small, lr=0.01' and one[0]['folder'] == 'data' and one[0]['train_images'] == 10
+    Image.new('RGB', (9, 9)).save(tmp_path/'data'/'a'/'one_more.png')
+    two = compare(tmp_path/'out', say=quiet, **how)
+    assert {r['key'] for r in one}.isdisjoint(r['key'] for r in two)
+
+def test_another_place_of_the_same_pictures_is_the_same_training(tmp_path):
+    for c in 'ab': images(tmp_path/'data'/c, 6)
+    how = dict(data='folder', schedules='dense', seeds=1, epochs=1, bs=2, size=16, device='cpu', say=quiet)
+    one = compare(tmp_path/'out', path=str(tmp_path/'data'), **how)
+    assert [r['key'] for r in compare(tmp_path/'out', path=str((tmp_path/'data').rename(tmp_path/'moved')), **how)] == [r['key'] for r in one]
+
+def test_curves_are_logged_by_fastais_callbacks(tmp_path):
+    compare(tmp_path, schedules='onecycle', sparsities=.8, seeds=1, device='cpu', log='csv,tensorboard', say=quiet, **config)
+    logs = list((tmp_path/'logs').iterdir())
+    csv = [f.read_text() for f in logs if f.suffix == '.csv']
+    assert len(logs) == 4 and any('sparsity' in text for text in csv)
+
+def test_bfloat16_trains_and_prunes_exactly():
+    r = run_one(Settings(schedule='onecycle', sparsity=.9, epochs=2, precision='bf16'), load_data(bs=64))
+    assert r['measured'] == pytest.approx(.9, abs=1e-3) and r['accuracy'] > .1
+
+def test_whatever_the_callback_takes_can_vary(tmp_path):
+    c = compare(schedules='onecycle', sparsities=.5, granularity=['weight', 'filter'], exclude={'none': '', 'first': '0.0'}, min_change=[0., .02], seeds=1, device='cpu', say=quiet, **config)
+    assert len(c) == 1+8 and len({(r['granularity'], r['exclude'], r['min_change']) for r in c[1:]}) == 8
+
 @pytest.mark.bad_input
 def test_dask_workers_with_several_threads_are_refused(tmp_path):
     from distributed import LocalCluster

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/experiments/03_baselines.ipynb #91735fa5
 from __future__ import annotations
-import inspect, re
+import contextlib, inspect, io, re
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Callable
@@ -19,7 +19,7 @@ from ..callback import SparsifyCallback
 from ..contexts import erk
 from ..criteria import criteria_inputs, random_score
 from ..layers import find_layers
-from ..schedules import sched_agp, sched_between, sched_iterative, sched_onecycle, sched_oneshot
+from ..schedules import sched_agp, sched_between, sched_iterative, sched_onecycle, sched_onecycle_log, sched_oneshot
 from ..sparsifier import Sparsifier
 from ..sparsity import measured_sparsity
 
@@ -44,6 +44,7 @@ _plain = dict(
     iterative=Baseline('three equal steps from 20 % (Han et al. 2015)', sched_between(sched_iterative, 0.2)),
     agp=Baseline('cubic, from 20 % to the end (Zhu & Gupta 2017)', sched_between(sched_agp, 0.2)),
     onecycle=Baseline('one-cycle pruning, α = 14, β = 5 (Hubens et al. 2021)', sched_onecycle),
+    onecycle_log=Baseline('the same curve for the logarithm of the survivors: the default of this package', sched_onecycle_log),
     linear=Baseline('a straight line over all of the training', sched_lin),
     cosine=Baseline('half a cosine over all of the training', sched_cos),
     cosine70=Baseline('half a cosine that ends at 70 % of the training', sched_between(sched_cos, 0, 0.7)),
@@ -102,7 +103,7 @@ _acdc = Baseline('sparse and dense phases in turn (AC/DC, Peste et al. 2021)', s
 
 # %% ../../nbs/experiments/03_baselines.ipynb #5cd0186f
 class StraightThrough(Callback):
-    "Prune for each forward pass; the optimizer's step goes to the dense weights behind (DPF; `soft=True`: ST-3)."
+    "Prune for each forward pass; the optimizer's step goes to the dense weights behind (DPF; `soft=True`: Feather)."
     order,run_valid = Recorder.order+1,False
     def __init__(self, sparsity, context='local', schedule=sched_agp, layers=nn.Conv2d, exclude=(), soft=False):
         self.sparsity,self.schedule,self.soft,self.dense = sparsity,schedule,soft,None
@@ -128,13 +129,12 @@ class StraightThrough(Callback):
 # %% ../../nbs/experiments/03_baselines.ipynb #7fa84a19
 @torch.no_grad()
 def _soften(weights, dense):
-    "Shrink kept weights by the largest pruned one, then scale the layer back to the mean magnitude it had (ST-3, eqs. 5 and 7)"
+    "Kept weights as `(|w|³-t³)^(1/3)`, where t is the largest pruned one: large weights stay, those at the threshold begin at zero"
     for w,d in zip(weights, dense):
-        kept = w != 0
-        threshold = d[~kept].abs().max() if not kept.all() else 0.
-        before = w.abs().sum()
-        w.copy_(w.sign() * (w.abs()-threshold).clamp(min=torch.finfo(w.dtype).tiny) * kept)
-        w.mul_(before / w.abs().sum().clamp(min=1e-12))
+        pruned = w == 0
+        if not pruned.any(): continue
+        size = (w.abs()**3 - d[pruned].abs().max()**3).clamp(min=torch.finfo(w.dtype).tiny)**(1/3)
+        w.copy_(w.sign() * size)
 
 # %% ../../nbs/experiments/03_baselines.ipynb #bc408451
 class GrowCallback(Callback):
@@ -209,14 +209,17 @@ class MultiplicativeStep(Callback):
 # %% ../../nbs/experiments/03_baselines.ipynb #6741a701
 extras = dict(ham=MultiplicativeStep)
 
-# %% ../../nbs/experiments/03_baselines.ipynb #6f77225c
+# %% ../../nbs/experiments/03_baselines.ipynb #efd12b1e
 def find_extra(
     extra:str|Callable|None, # A name in `extras`, or a function that makes a callback
 ) -> Callable|None: # The function
     "What makes the further callback; a clear `ValueError` if there is none of that name."
     if extra is None or callable(extra): return extra
     if extra in extras: return extras[extra]
-    raise ValueError(f"extra got {extra!r}; it is one of {', '.join(extras)}, or from Python a function that makes a callback")
+    alpha = re.fullmatch(r'ham_(\d+)', str(extra))
+    if alpha: return partial(MultiplicativeStep, alpha=float(alpha[1]))
+    raise ValueError(f"extra got {extra!r}; it is one of {', '.join(extras)}, ham_ALPHA such as ham_200, "
+                     "or from Python a function that makes a callback")
 
 # %% ../../nbs/experiments/03_baselines.ipynb #68261d88
 def fasterai_callback(
@@ -225,22 +228,25 @@ def fasterai_callback(
     granularity:str='weight', # As fasterai names it
     schedule:Callable=sched_onecycle, # Function `(start, end, pos) -> sparsity`
 ) -> Callback: # fasterai's own `SparsifyCallback`
-    "fasterai's callback with the same settings."
-    try: 
+    "fasterai's callback with the same settings, but silent."
+    try:
         from fasterai.core.criteria import large_final
         from fasterai.core.schedule import Schedule
         from fasterai.sparse.sparsify_callback import SparsifyCallback as Theirs
     except ImportError: raise ValueError("schedules=fasterai needs fasterai, which is not installed: "
                                          "pip install 'fasterprune[rivals]'") from None
-    return Theirs(sparsity, granularity, context, criteria=large_final, schedule=Schedule(schedule))
+    class Silent(Theirs):
+        def __call__(self, event):
+            with contextlib.redirect_stdout(io.StringIO()): return super().__call__(event)
+    return Silent(sparsity, granularity, context, criteria=large_final, schedule=Schedule(schedule))
 
 # %% ../../nbs/experiments/03_baselines.ipynb #16eda3a4
 rivals = dict(
     bimp=_bimp, acdc=_acdc,
     random_erk=Baseline('random masks with ERK shares, from the first step', sched_oneshot, dict(context='erk', criteria=random_score)),
     dpf=Baseline('straight through: dense weights behind the pruned ones (DPF, Lin et al. 2020)', sched_agp, pruner=StraightThrough),
-    st3=Baseline('the same, kept weights shrunk by the threshold (ST-3, Feather, 2023)', sched_agp,
-                 pruner=partial(StraightThrough, soft=True)),
+    feather=Baseline('the same, with a soft threshold (ST-3, Feather, 2023)', sched_agp,
+                     pruner=partial(StraightThrough, soft=True)),
     rigl=Baseline('sparse from the start, grows by the gradient (RigL, Evci et al. 2020)', sched_oneshot,
                   dict(context='erk'), pruner=GrowCallback),
     granet=Baseline('prunes along AGP, grows by the gradient (GraNet, Liu et al. 2021)', sched_agp,

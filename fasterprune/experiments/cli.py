@@ -105,7 +105,7 @@ def fasterprune_compare(
 ):
     "Train a network dense and pruned by each contestant, on the same budget and from the same start, and compare."
     with _answering('fasterprune-compare', out):
-        c = _run(out, _given(options))
+        c = _run(out, _given(dict(options, reference=reference)))
         if rank_distrib(): return
         text = write_report(c.rows, out, heading(c.rows), reference)
         print(f'\n{heading(c.rows)}\n\n{text}\n\nIn {out}: results.jsonl, table.md, accuracy.png, sparsity.png')

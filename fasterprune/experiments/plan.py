@@ -8,6 +8,8 @@ import contextlib, inspect, io, itertools, math, re, warnings
 from dataclasses import fields, replace
 import torch
 from fastai.torch_core import default_device
+from ..budget import best_context
+from ..granularity import check_granularity
 from ..schedules import schedule_name
 from ..sparsity import check_sparsity
 from .baselines import find_baseline, find_criteria, find_extra, rivals
@@ -23,7 +25,7 @@ __all__ = ['recipes', 'schedule_groups', 'recipe_settings', 'setting_name', 'set
 
 # %% ../../nbs/experiments/09_plan.ipynb #ae510c29
 recipes = dict(
-    digits=dict(data='digits', arch='small', schedules='oneshot,iterative,agp,cosine70,onecycle', sparsities='0.95', epochs=12,
+    digits=dict(data='digits', arch='small', schedules='oneshot,iterative,agp,cosine70,onecycle,onecycle_log', sparsities='0.95', epochs=12,
                 lr=1e-2, bs=64, size=None, images=None, augment='shift', seeds=3),
     quick=dict(data='cifar10', arch='small', schedules='all', sparsities='0.95', epochs=10, lr=1e-2, bs=64, size=16,
                images=12_000, augment='shift', seeds=3),
@@ -75,6 +77,7 @@ def setting_kind(
 def _typed(name, value, settings):
     "What a text means where a number is wanted"
     kind = setting_kind(name, settings)
+    if value == 'none' and {f.name: f.default for f in fields(settings)}[name] is None: return None
     if not isinstance(value, str) or kind not in ('int', 'float'): return value
     try: return dict(int=int, float=float)[kind](value)
     except ValueError: raise ValueError(f"{name} got {value!r}; it is a number, or several with commas between") from None
@@ -121,6 +124,7 @@ def _axes(given, settings):
 def _effective(s):
     "With what the contestant itself fixes"
     own = {k: v for k,v in find_baseline(plain(s.schedule)).settings.items() if k in pruning_settings}
+    if s.context is None: own = {'context': best_context(check_granularity(plain(s.granularity)), plain(s.sparsity)), **own}
     return replace(s, **{k: Labelled(schedule_name(v), v) if callable(v) else v for k,v in own.items()})
 
 def _combinations(axes, names): return [dict(zip(names, values)) for values in itertools.product(*[axes[n] for n in names])]

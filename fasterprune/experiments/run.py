@@ -53,13 +53,13 @@ class Settings:
     bs:int=64 # Batch size
     wd:float|None=None # Weight decay; fastai's default if not given
     precision:str='float32' # float32, or bf16: autocast to bfloat16, channels last
-    extra:str|Callable|None=None # One more callback, for dense trainings too: ham (a multiplicative step), or a function that makes one
+    extra:str|Callable|None=None # One more callback, for dense trainings too: none, ham (a multiplicative step), or a function
     seed:int=0 # Of the first weights, the batches and the augmentation
-    schedule:str|Callable|Baseline='onecycle' # When to prune: a schedule or a rival by name, or a function of your own
+    schedule:str|Callable|Baseline=_ours('schedule') # When to prune: a schedule or a rival by name, or a function of your own
     sparsity:float=0.95 # Target sparsity, a fraction
     criteria:str|Callable=_ours('criteria') # Which weights matter: magnitude, movement, taylor, wanda, ... or a function of your own
     granularity:str|tuple=_ours('granularity') # Blocks that are pruned together: weight, kernel, filter, 2:4, ...
-    context:str|Callable=_ours('context') # How the sparsity is shared out: local, erk, global, lamp, or a function of your own
+    context:str|Callable|None=_ours('context') # How the sparsity is distributed: local, erk, global, lamp, or a function; lamp if not given
     layers:str='Conv2d' # Layers to prune: types such as Conv2d,Linear, or names
     exclude:str='' # Layers to leave dense, by name
     regrow:bool=False # May pruned weights grow again?
@@ -186,6 +186,7 @@ def pruner(
     if 'criteria' in how: how['criteria'] = find_criteria(how['criteria'])
     how.update(layers=layers_of(plain(s.layers)), exclude=names_of(plain(s.exclude)))
     how = {k: v for k,v in {**how, **b.settings}.items() if k in inspect.signature(b.pruner).parameters}
+    if how.get('context') is None: how.pop('context', None)
     return b.pruner(**how)
 
 # %% ../../nbs/experiments/05_run.ipynb #d114b42d

@@ -22,7 +22,7 @@ from .plan import (check_budget, check_process, check_pruning, chosen, grid, rec
                                           setting_name, settled)
 from .results import Claims, Results
 from .run import Settings, label_of, names_of, plain, run_one, settings_key, taking
-from .summary import Paired, Summary, heading
+from .summary import Paired, Summary, heading, row_label, varied
 
 # %% auto #0
 __all__ = ['loggers', 'Comparison', 'compare']
@@ -33,14 +33,15 @@ class Comparison(Table):
     left = (1,)
     def __init__(self,
         rows:list, # Rows of `Results`
-    ): self.rows = rows
+        reference:str|None=None, # The contestant that is compared with each other
+    ): self.rows,self.reference = rows,reference
     def __len__(self): return len(self.rows)
     def __iter__(self): return iter(self.rows)
     def __getitem__(self, i): return self.rows[i]
     def _table(self): return Summary(self.rows)._table()
     def _notes(self): return [heading(self.rows)] if self.rows else []
 
-    def paired(self, reference:str|None=None) -> Paired: return Paired(self.rows, reference)
+    def paired(self, reference:str|None=None) -> Paired: return Paired(self.rows, reference or self.reference)
     def plot(self, ax=None): return plot_accuracy(self.rows, ax)
     def plot_curves(self, ax=None): return plot_curves(self.rows, ax)
     def plot_params(self, ax=None): return plot_params(self.rows, ax)
@@ -224,6 +225,11 @@ def _named(given, settings):
     return {plural.get(names[k], names[k]): v for k,v in given.items()}
 
 # %% ../../nbs/experiments/10_study.ipynb #8ebbcb38
+def _check_reference(todo, reference):
+    rows = [{f.name: label_of(getattr(s, f.name)) for f in fields(s)} for s in todo if s.schedule != 'dense']
+    labels = {row_label(r, varied(rows)): r for r in rows}
+    if reference not in labels: raise ValueError(f"reference got {reference!r}; it is one of {', '.join(labels)}")
+
 def _prepare(todo, found, device, out, results, say):
     "The trainings by their keys, with what suits the images"
     full = [settled(s, found.pixels) for s in todo]
@@ -248,6 +254,7 @@ def compare(
     dask:str|None=None, # Address of a Dask scheduler, whose workers do the trainings instead
     first_seed:int=0, # The first of the seeds
     log:str='', # Where training curves go: csv, tensorboard, wandb
+    reference:str|None=None, # The contestant that is compared with each other, see `Paired`
     say:Callable=print, # What to do with a line of progress
     settings:type=Settings, # The class of settings
     **given, # Any other of the `Settings`, one value or several: data, path, criteria, contexts, granularity, epochs, …
@@ -260,8 +267,9 @@ def compare(
     check_process(device, workers, seeds)
     for s in todo: check_budget(s); check_pruning(s)
     log,results = _check_log(log, out),_InMemory() if out is None else Results(out)
+    if reference is not None: _check_reference(todo, reference)
     t = _prepare(todo, find_images(todo[0].data, todo[0].path), device, out, results, say)
     claims = _NoClaims() if out is None or num_distrib() > 1 else Claims(out)
     t.run(workers, dask, claims, data_is=t.images['data_is'], device=device, log=log)
     rows = t.done()
-    return Comparison([rows[k] for k in t.todo if k in rows])
+    return Comparison([rows[k] for k in t.todo if k in rows], reference)

@@ -19,9 +19,15 @@ _shown = [f.name for f in fields(Settings) if f.name not in ('path', 'seed', 'sc
 def varied(
     rows:list, # Rows of `Results`
 ) -> list: # Names of settings
-    "The settings, besides schedule, sparsity and seed, that are not the same in all rows with pruning."
+    "The settings, besides schedule, sparsity and seed, that vary; what a schedule itself fixes does not."
     pruned = [r for r in rows if r['schedule'] != 'dense'] or rows
-    return [k for k in _shown if len({str(r.get(k)) for r in pruned}) > 1]
+    return [k for k in _shown if _vary(pruned, k)]
+
+def _vary(rows, name):
+    "Does a budget differ at all, or a setting of the pruning within a schedule?"
+    values = {}
+    for r in rows: values.setdefault('' if name in _training_settings else r['schedule'], set()).add(str(r.get(name)))
+    return any(len(v) > 1 for v in values.values())
 
 # %% ../../nbs/experiments/07_summary.ipynb #125797b4
 def row_label(
