@@ -8,7 +8,7 @@ root = Path(__file__).parent.parent
 home = 'https://github.com/fasterprune/fasterprune/blob/main/'
 link = re.compile(r'\]\(([^)\s]+)\)')
 notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-pages = [root/'README.md', root/'CHANGELOG.md', root/'CONTRIBUTING.md', *notebooks]
+pages = [root/'README.md', root/'CHANGELOG.md', root/'CONTRIBUTING.md', root/'nbs/llms.txt', *notebooks]
 
 def markdown(path):
     "The text of a page: Markdown cells, or the whole file; without code, in which brackets are no links"

@@ -15,6 +15,7 @@ def test_version_is_the_same_everywhere():
     cfg = configparser.ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini')
     assert cfg['DEFAULT']['version'] == fasterprune.__version__
     assert f"## {fasterprune.__version__}" in (root/'CHANGELOG.md').read_text()
+    assert f"version: {fasterprune.__version__}" in (root/'CITATION.cff').read_text()
 
 def test_each_module_has_its_notebook():
     exported = {m[1] for p in notebooks if (m := re.search(r'#\| default_exp (\S+?)[\\"]', p.read_text()))}
