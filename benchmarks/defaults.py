@@ -44,7 +44,9 @@ schedules = dict(
     cosine70=delayed(sched_cos, 0, .7), agp80=delayed(sched_agp, 0, .8), agp60=delayed(sched_agp, 0, .6),
     in_time=in_time, in_time5=partial(in_time, tau=.5), in_time35=partial(in_time, tau=.35), steeper=steeper,
     logcos70=delayed(partial(log_density, sched=sched_cos), 0, .7), logcos80=delayed(partial(log_density, sched=sched_cos), 0, .8),
-    logonecycle=partial(log_density, sched=sched_onecycle), logonecycle75=delayed(partial(log_density, sched=sched_onecycle), 0, .75))
+    logonecycle=partial(log_density, sched=sched_onecycle), logonecycle75=delayed(partial(log_density, sched=sched_onecycle), 0, .75),
+    logonecycle4=partial(log_density, sched=partial(sched_onecycle, beta=4.)), logonecycle3=partial(log_density, sched=partial(sched_onecycle, beta=3.)),
+    logonecycle85=delayed(partial(log_density, sched=sched_onecycle), 0, .85))
 criteria = dict(magnitude=magnitude, squared=squared, taylor=taylor)
 
 # ---------------------------------------------------------------------------------------------------- beyond: one small callback each
