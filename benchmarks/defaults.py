@@ -36,8 +36,8 @@ def steeper(start, end, pos, alpha=14., beta=5.):
     return sched_onecycle(start, end, pos, alpha*k, beta*k)
 
 def log_density(start, end, pos, sched):
-    "`sched` in the logarithm of the density"
-    return 1 - (1-start) * ((1-end)/(1-start)) ** sched(0., 1., pos)
+    "`sched` in the logarithm of the density; in this form it is `end` to the last bit at the end"
+    return end - (1-end) * (((1-start)/(1-end)) ** (1-sched(0., 1., pos)) - 1)
 
 schedules = dict(
     onecycle=sched_onecycle, onecycle75=delayed(sched_onecycle, 0, .75), onecycle60=delayed(sched_onecycle, 0, .6),
