@@ -21,8 +21,9 @@ from fastai.callback.schedule import sched_cos
 from fasterprune import experiments as ex
 from fasterprune.callback import SparsifyCallback
 from fasterprune.criteria import magnitude, squared, taylor
-from fasterprune.schedules import delayed, sched_agp, sched_onecycle
-from fasterprune.sparsifier import measured_sparsity
+from fasterprune.experiments.keys import versions
+from fasterprune.schedules import sched_agp, sched_between, sched_onecycle
+from fasterprune.sparsity import measured_sparsity
 
 # ---------------------------------------------------------------------------------------------------- schedules
 
@@ -41,13 +42,13 @@ def log_density(start, end, pos, sched):
     return end - (1-end) * (((1-start)/(1-end)) ** (1-sched(0., 1., pos)) - 1)
 
 schedules = dict(
-    onecycle=sched_onecycle, onecycle75=delayed(sched_onecycle, 0, .75), onecycle60=delayed(sched_onecycle, 0, .6),
-    cosine70=delayed(sched_cos, 0, .7), agp80=delayed(sched_agp, 0, .8), agp60=delayed(sched_agp, 0, .6),
+    onecycle=sched_onecycle, onecycle75=sched_between(sched_onecycle, 0, .75), onecycle60=sched_between(sched_onecycle, 0, .6),
+    cosine70=sched_between(sched_cos, 0, .7), agp80=sched_between(sched_agp, 0, .8), agp60=sched_between(sched_agp, 0, .6),
     in_time=in_time, in_time5=partial(in_time, tau=.5), in_time35=partial(in_time, tau=.35), steeper=steeper,
-    logcos70=delayed(partial(log_density, sched=sched_cos), 0, .7), logcos80=delayed(partial(log_density, sched=sched_cos), 0, .8),
-    logonecycle=partial(log_density, sched=sched_onecycle), logonecycle75=delayed(partial(log_density, sched=sched_onecycle), 0, .75),
+    logcos70=sched_between(partial(log_density, sched=sched_cos), 0, .7), logcos80=sched_between(partial(log_density, sched=sched_cos), 0, .8),
+    logonecycle=partial(log_density, sched=sched_onecycle), logonecycle75=sched_between(partial(log_density, sched=sched_onecycle), 0, .75),
     logonecycle4=partial(log_density, sched=partial(sched_onecycle, beta=4.)), logonecycle3=partial(log_density, sched=partial(sched_onecycle, beta=3.)),
-    logonecycle85=delayed(partial(log_density, sched=sched_onecycle), 0, .85))
+    logonecycle85=sched_between(partial(log_density, sched=sched_onecycle), 0, .85))
 criteria = dict(magnitude=magnitude, squared=squared, taylor=taylor)
 
 # ---------------------------------------------------------------------------------------------------- beyond: one small callback each
@@ -72,15 +73,16 @@ class Grow(Callback):
     def after_backward(self):
         if self.train_iter % self.every or not self.start <= self.pct_train < self.end: return
         share = self.share * (1+math.cos(math.pi*(self.pct_train-self.start)/(self.end-self.start))) / 2
-        for l in self.learn.sparsify.sparsifier.layers:
-            if l.keep is None: continue
-            n = min(round(share*(l.n-l.n_dead)), l.n_dead)
-            w,g = l.weight,l.module.weight.grad
-            drop = w.abs().masked_fill(~l.keep, math.inf).reshape(-1).topk(n, largest=False).indices
-            grow = g.abs().masked_fill(l.keep, -1).reshape(-1).topk(n).indices
-            keep = l.keep.reshape(-1).clone()
-            keep[drop],keep[grow] = False,True
-            l.keep.copy_(keep.view(l.keep.shape))
+        sparsifier = self.learn.sparsify.sparsifier
+        sparsifier.masks = {l.name: self.exchanged(l, sparsifier.masks[l.name], share) for l in sparsifier.layers}
+    def exchanged(self, layer, mask, share):
+        n_pruned = int((~mask).sum())
+        n = min(round(share*(mask.numel()-n_pruned)), n_pruned)
+        drop = layer.weight.abs().masked_fill(~mask, math.inf).reshape(-1).topk(n, largest=False).indices
+        grow = layer.module.weight.grad.abs().masked_fill(mask, -1).reshape(-1).topk(n).indices
+        flat = mask.reshape(-1).clone()
+        flat[drop],flat[grow] = False,True
+        return flat.view(mask.shape)
 
 class Multiply(Callback):
     "HAM's multiplicative step: `w *= exp(-lr*α*sign(w)*grad)`"
@@ -111,7 +113,7 @@ def callbacks(c):
     extra = [extras[e]() for e in c['extra'].split(',') if e]
     if c['method'] == 'dense': return extra
     if c['method'] == 'fasterai': return [peer(c['sparsity'])]
-    return [SparsifyCallback(c['sparsity'], c['granularity'], c['context'], criteria[c['criteria']], schedules[c['schedule']], tied=c['coupled']), *extra]
+    return [SparsifyCallback(c['sparsity'], c['granularity'], c['context'], criteria[c['criteria']], schedules[c['schedule']], coupled=c['coupled']), *extra]
 
 class LastOnly(Callback):
     "Validate after the last epoch only"
@@ -240,7 +242,7 @@ def main():
             what = c['data'], c['size'], c['images']
             if what not in loaded: loaded[what] = ex.load_data(c['data'], args.path, size=c['size'] if c['size'] < 32 else None, bs=64, images=c['images'])
             r = train(loaded[what], c, seed)
-            row = dict(key=key(c, seed), **c, seed=seed, **r, threads=torch.get_num_threads(), versions=ex.versions(), date=str(date.today()))
+            row = dict(key=key(c, seed), **c, seed=seed, **r, threads=torch.get_num_threads(), versions=versions(), date=str(date.today()))
             with open(file, 'a') as f: f.write(json.dumps(row)+'\n')
             changed = {k: v for k,v in c.items() if v != base[k]}
             print(f"{time.strftime('%H:%M:%S')} seed {seed} {changed}: {100*r['accuracy']:.2f} at {r['measured']:.4f}, {r['seconds']} s", flush=True)
