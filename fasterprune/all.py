@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/18_all.ipynb #cbd9c0b2
-from .schedules import (plot_schedules, sched_agp, sched_between, sched_dsd, sched_imp, sched_iterative, sched_onecycle, sched_oneshot,
-                                   schedule_name)
+# %% ../nbs/18_all.ipynb #bad3e6c3
+from .schedules import (plot_schedules, sched_agp, sched_between, sched_dsd, sched_imp, sched_iterative, sched_onecycle,
+                                   sched_onecycle_log, sched_oneshot, schedule_name)
 from .criteria import (elementwise, gradient_magnitude, large_final, large_init, large_init_large_final, magnitude, magnitude_increase,
                                   movement, movement_magnitude, random_score, small_final, small_init, small_init_small_final, squared, taylor,
                                   updating_magnitude_increase, updating_movement, updating_movement_magnitude, wanda)
@@ -19,7 +19,7 @@ from .sparsity import Sparsity, measured_sparsity
 from .sparsifier import Sparsifier
 from .callback import KeepSparsity, SparsifyCallback
 
-# %% ../nbs/18_all.ipynb #7804fd99
+# %% ../nbs/18_all.ipynb #e42860cf
 from .cost import Latency, count_flops, dense_bytes, measure_latency, sparse_bytes
 from .report import Comparison, SparsityReport, sparsity_report
 from .pictures import plot_granularities, plot_kernels, plot_layers, plot_weights
