@@ -41,7 +41,7 @@ class ChannelGroup:
 def whole(self:ChannelGroup) -> bool:
     "Has each writer exactly one filter for each channel, in the same order?"
     every = list(range(self.n))
-    return all(channels == every and of == every for _,_,channels,of in self.writers)
+    return all(n_channels(m) == self.n and channels == every and of == every for _,m,channels,of in self.writers)
 
 @patch(as_prop=True)
 def dense(self:ChannelGroup) -> str:
