@@ -218,14 +218,13 @@ def report(out):
     add('At other image sizes', ['size', 'seed', 'method', 'sparsity', 'context', 'schedule', 'accuracy'], lines)
     worst = max((abs(r['measured']-r['sparsity']), r['granularity']) for r in rs if r['method'] == 'ours' and r['granularity'] == 'weight')
     text.append(f"{len(rs)} trainings, {sum(r['seconds'] for r in rs)/3600:.1f} hours. Measured sparsity of our own single weights: off by at most {worst[0]:.5f} from what was asked (rounding to whole weights).\n")
-    (out/'tables.md').write_text('\n'.join(text))
     print('\n'.join(text))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--path', default='/tmp/data/cifar10'); p.add_argument('--out', type=Path, default=Path(__file__).parent/'results/defaults')
     p.add_argument('--block', action='append', default=[]); p.add_argument('--seeds', default='0,1'); p.add_argument('--fasterai', default='/tmp/fasterai')
-    p.add_argument('--runs', help='settings as a JSON list of changes to the base'); p.add_argument('--report', action='store_true', help='write OUT/tables.md'); p.add_argument('--size', type=int, default=16)
+    p.add_argument('--runs', help='settings as a JSON list of changes to the base'); p.add_argument('--report', action='store_true', help='print the tables of OUT/README.md'); p.add_argument('--size', type=int, default=16)
     args = p.parse_args()
     if args.report: return report(args.out)
     sys.path.append(args.fasterai)
