@@ -95,7 +95,7 @@ extras = dict(average=Average, grow=Grow, ham400=partial(Multiply, 400.), ham100
 
 # ---------------------------------------------------------------------------------------------------- one training
 
-base = dict(method='ours', sparsity=.95, granularity='weight', context='lamp', criteria='magnitude', schedule='in_time', coupled=False,
+base = dict(method='ours', sparsity=.95, granularity='weight', context='lamp', criteria='magnitude', schedule='logonecycle', coupled=False,
             extra='', lr=1e-2, epochs=8, images=6000, size=16, data='cifar10')
 dense = base | dict(method='dense', sparsity=0., context='', schedule='', criteria='')
 paper = dict(context='local', schedule='onecycle')
