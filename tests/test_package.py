@@ -26,7 +26,7 @@ def test_notebooks_keep_their_outputs_and_no_path_of_a_machine():
     for p in notebooks:
         cells = json.loads(p.read_text())['cells']
         outputs = [o for c in cells if c['cell_type'] == 'code' for o in c['outputs']]
-        assert outputs, f'{p.name} has no outputs'
+        assert outputs or not any(c['cell_type'] == 'code' for c in cells), f'{p.name} has no outputs'
         for o in outputs:
             text = json.dumps({k: v for k,v in o.get('data', {}).items() if not k.startswith('image')}) + str(o.get('text', ''))
             assert not home.search(text), f'{p.name}: {text[:200]}'
