@@ -5,7 +5,7 @@ from torch import nn
 from fastai.callback.schedule import sched_cos, sched_lin
 from fasterprune.all import *
 from fasterprune.contexts import lamp
-from fasterprune.selection import select_in_slices, select_on_device
+from fasterprune.selection import select, select_on_device
 from conftest import conv_net, fit
 
 schedules = dict(oneshot=sched_oneshot, oneshot40=sched_between(sched_oneshot, .4), iterative=sched_iterative, agp=sched_agp, onecycle=sched_onecycle,
@@ -97,14 +97,14 @@ def test_a_shared_module_counts_once():
 @pytest.mark.parametrize('context', ['local', 'erk', 'global', 'lamp'])
 def test_the_way_of_a_gpu_selects_the_same(context, granularity, monkeypatch):
     "Run on the CPU; tests/test_cuda.py does it on a GPU."
-    def masks(select):
+    def masks(way):
         torch.manual_seed(0)
         model = conv_net(16)
         def dense(scores): return [s if isinstance(s, torch.Tensor) else torch.from_numpy(s[:]) for s in scores]
-        monkeypatch.setattr('fasterprune.sparsifier.select_groups', lambda groups, allow_inf, context: [select(dense(s), k, m, allow_inf, context) for s,k,m in groups])
+        monkeypatch.setattr('fasterprune.sparsifier.select_groups', lambda groups, allow_inf, context: [way(dense(s), k, m, allow_inf, context) for s,k,m in groups])
         sp = Sparsifier(model, granularity, context, sample=torch.randn(2, 4, 6, 6))
         for s in (.1, .4, .8, .97): sp.sparsify(s)
         return [g.mask for g in sp.groups], [g.n_pruned for g in sp.groups], [int((~g.mask).sum()) for g in sp.groups]
-    (a, dead, counted), (b, dead_b, counted_b) = masks(select_in_slices), masks(select_on_device)
+    (a, dead, counted), (b, dead_b, counted_b) = masks(select), masks(select_on_device)
     assert dead == counted == dead_b == counted_b
     assert all(torch.equal(x, y) for x,y in zip(a, b))
