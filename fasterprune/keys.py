@@ -119,7 +119,7 @@ def _likely(rows, k, by_tail):
 
 # %% ../nbs/04b_keys.ipynb #6b0f2401
 def _inside(rows, likely, by_tail):
-    "What is compared of everything in some rows, and the array of each; infinite for the best of each array, which stays, and where nothing is"
+    "What is compared of everything in some rows, and the array of each; infinite for the best of each array, which stays"
     n = len(rows.keys)
     there,r = likely < n, likely.clamp(max=n-1)
     keys,unit,array = rows.keys[r],rows.unit[r][:,None],rows.array[r]

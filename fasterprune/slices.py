@@ -111,7 +111,7 @@ def _bracket(s, lo, hi):
 
 # %% ../nbs/04a_slices.ipynb #03b88cdb
 def _split(c, x, free, keep, lo, hi):
-    "Write into `keep` what is above `hi`; the scores that were looked at, and which of them are above, inside (lo, hi], and where they come from"
+    "Write into `keep` what is above `hi`; the scores looked at, which of them are above, inside (lo, hi], and where they come from"
     lo,hi = x.dtype.type(lo),x.dtype.type(hi)
     above,where = np.greater(x, hi, out=keep),None
     inside = np.greater(x, lo, out=c.work[0][:len(x)])
@@ -205,7 +205,7 @@ def _emptied(c, readings, t, best):
 
 # %% ../nbs/04a_slices.ipynb #0a18623e
 def _search(c, k, masks):
-    "Readings by which `k` go and no array is emptied, the threshold, and the place and score of the best of each array that it would have emptied"
+    "Readings by which `k` go and no array is emptied, the threshold, and place and score of the best of each array it would have emptied"
     samples = [_Sample(c, i) for i in range(len(c.sizes))]
     around = _estimate(samples, k)
     readings = [_Reading(c, i, _bracket(s, *around), m) for i,(s,m) in enumerate(zip(samples, masks))]
