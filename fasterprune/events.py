@@ -144,6 +144,7 @@ def _step(self:ZerosCallback):
     self._prune()
     self._hold(moved=not self._strangers)
 
+# %% ../nbs/09a_events.ipynb #9cd371e2
 @patch
 def _start(self:ZerosCallback):
     "First batch of a fit"

@@ -65,7 +65,7 @@ def test_grouped_convolutions_are_left_in():
     torch.manual_seed(0)
     m,x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)),torch.randn(2, 3, 12, 12)
     Sparsifier(m, 'filter', exclude='6').sparsify(.5)
-    with pytest.warns(UserWarning, match=r'left in .* 0 \(4 of 8\), 2 \(4 of 8\)'): small = shrink(m, x)
+    with pytest.warns(UserWarning, match=r'left in.*0 \(4 of 8\).*grouped convolution'): small = shrink(m, x)
     assert [l.out_channels for l in small if isinstance(l, nn.Conv2d)] == [8, 8, 4, 2] and close(outputs(m, x), outputs(small, x))
 
 def test_a_constant_that_is_not_zero_is_never_cut():
@@ -102,7 +102,7 @@ def test_a_layer_that_is_zero_altogether_keeps_one_channel():
     assert small[0].out_channels == 1 and close(outputs(m, x), outputs(small, x))
 
 @pytest.mark.bad_input
-def test_errors_name_what_is_wrong_and_change_nothing(monkeypatch):
+def test_errors_name_what_is_wrong_and_change_nothing():
     m,x = conv_net(),torch.randn(2, 4, 8, 8); before = copy.deepcopy(m.state_dict())
     with pytest.raises(ValueError, match='no filter of this model is zero'): shrink(m, x)
     Sparsifier(m).sparsify(.5)
@@ -113,11 +113,9 @@ def test_errors_name_what_is_wrong_and_change_nothing(monkeypatch):
         def __init__(self): super().__init__(); self.a,self.b,self.c = nn.Conv2d(3, 8, 3),nn.Conv2d(8, 8, 1),nn.Conv2d(8, 2, 1)
         def forward(self, x): x = self.a(x).relu(); return self.c(self.b(x * x.detach().mean(1, keepdim=True)).relu())
     m = Mixes(); Sparsifier(m, 'filter', exclude='c').sparsify(.5); before = copy.deepcopy(m.state_dict())
-    with pytest.raises(ValueError, match='without the zero channels of a the network gives other outputs'): shrink(m, torch.randn(2, 3, 9, 9))
-    assert same(before, m.state_dict())
-    monkeypatch.setitem(sys.modules, 'torch_pruning', None)
-    for f in (lambda: shrink(m, x), lambda: Sparsifier(conv_net(), 'filter', sample=x, coupled=True)):
-        with pytest.raises(ImportError, match=r"pip install 'fasterprune\[shrink\]'"): f()
+    x = torch.randn(2, 3, 9, 9)
+    with pytest.warns(UserWarning, match='left in'): small = shrink(m, x)
+    assert same(before, m.state_dict()) and small.a.out_channels == 8 and close(outputs(m, x), outputs(small, x))
 
 def test_frozen_layers_modes_and_types_are_as_before():
     torch.manual_seed(0); m = conv_net(); x = torch.randn(2, 4, 8, 8)
@@ -202,7 +200,7 @@ def test_the_score_of_a_group_is_the_mean_over_all_its_weights():
 
 def test_coupled_in_training_resuming_and_keeping(learner):
     learn = learner(model=res(), opt_func=Adam)
-    fit(learn, 3, cbs=SparsifyCallback(.5, 'filter', coupled=True))
+    fit(learn, 3, cbs=SparsifyCallback(.5, 'filter', 'local', coupled=True))
     r = measured_sparsity(learn.model, granularity='filter')
     assert [row[5] for row in r.rows] == [4, 8, 8, 4, 3]
     pruned = learn.model.n2.weight == 0
@@ -231,7 +229,7 @@ def test_coupled_layers_out_of_scope_or_frozen(learner):
     sp = Sparsifier(m, 'filter', sample=x, coupled=True, exclude='down'); sp.update(.5)
     assert (m.n1.weight != 0).all() and (m.n0.weight == 0).sum() == 4 # the norm of the layer that stays live
     learn = learner(model=res()); learn.model.down.weight.requires_grad_(False)
-    with pytest.warns(UserWarning, match='2 of 5 layers to prune are frozen .or coupled to one that is.'): fit(learn, 2, cbs=SparsifyCallback(.5, 'filter', coupled=True))
+    with pytest.warns(UserWarning, match='2 of 5 layers to prune are frozen .or coupled to one that is.'): fit(learn, 2, cbs=SparsifyCallback(.5, 'filter', 'local', coupled=True))
     assert [row[5] for row in measured_sparsity(learn.model, granularity='filter').rows] == [0, 8, 8, 0, 3]
 
 def test_the_networks_output_is_not_pruned_if_coupled():
