@@ -16,10 +16,12 @@ __all__ = ['uses', 'multiplications', 'by_multiplications']
 _transposed = nn.ConvTranspose1d,nn.ConvTranspose2d,nn.ConvTranspose3d
 _counted = nn.Conv1d,nn.Conv2d,nn.Conv3d,nn.Linear,*_transposed
 
+# %% ../nbs/15d_allocation.ipynb #94c9cc90
 def _places(layer, x, out):
     if isinstance(layer, nn.Linear): return out[..., 0].numel()//len(out)
     return math.prod((x if isinstance(layer, _transposed) else out).shape[2:])
 
+# %% ../nbs/15d_allocation.ipynb #6924ce34
 @torch.no_grad()
 def uses(
     model:nn.Module, # Convolutions and linear layers are looked at
@@ -53,6 +55,7 @@ def _last_score(d, n):
     tail = 2*(q*density + torch.special.ndtr(-q))
     return (q*q/(n*tail)).numpy()
 
+# %% ../nbs/15d_allocation.ipynb #44cb8634
 def _densities(kept, sizes, places, power):
     "The fraction that survives in each layer if all last survivors have the same score, and `kept` weights survive in all"
     grid = np.geomspace(1, 1e-9, 2000)
@@ -87,11 +90,13 @@ def by_multiplications(
         return [1 - v for v in d]
     return context
 
+# %% ../nbs/15d_allocation.ipynb #a4e5da99
 def _between(share, left, high=3.):
     "The power between 0 and `high` at which the share is `left`"
     most,least = share(0.),share(high)
     if not least <= left <= most:
-        raise ValueError(f'at this sparsity, between {least:.3f} and {most:.3f} of the multiplications can be left, not {left}; {most:.3f} is what LAMP leaves')
+        can = f'between {least:.3f} and {most:.3f} (what LAMP leaves)'
+        raise ValueError(f'at this sparsity, {can} of the multiplications can be left, not {left}')
     low = 0.
     for _ in range(30):
         middle = (low + high)/2

@@ -38,6 +38,7 @@ class Program:
         self.tensors.clear()
         return out
 
+# %% ../nbs/15_engine.ipynb #cb15a6b7
 def _paddings(ops):
     "How much padding the planes of each image size need"
     pads = {}
@@ -54,14 +55,17 @@ def value(self:Program, node):
     if node in self.reader.constants: return self.reader.constants[node]
     return self.tensors[node] if node in self.tensors else self.planes[node].view.clone(memory_format=torch.contiguous_format)
 
+# %% ../nbs/15_engine.ipynb #45be13d2
 @patch
 def new_planes(self:Program, shape):
     free = self.free.setdefault(tuple(shape), [])
     return free.pop() if free else Planes(shape, self.pads.get(tuple(shape[2:]), 0))
 
+# %% ../nbs/15_engine.ipynb #51f3c951
 @patch
 def release(self:Program, planes): self.free[planes.shape].append(planes)
 
+# %% ../nbs/15_engine.ipynb #5da62c64
 @patch
 def as_planes(self:Program, node, steps):
     "The value in planes; if it is a tensor so far, `steps` grows by the copy."
@@ -70,6 +74,7 @@ def as_planes(self:Program, node, steps):
     steps.append(lambda: planes.view.copy_(self.value(node)))
     return planes
 
+# %% ../nbs/15_engine.ipynb #479f539e
 @patch
 def commit(self:Program, op, steps, planes, how='planes', **facts):
     "Does the steps now, and at each call."
@@ -85,6 +90,7 @@ def do_torch(self:Program, op):
     def run(): self.tensors[node] = node.target(*map_arg(node.args, self.value), **map_arg(node.kwargs, self.value))
     self.commit(op, [run], {}, 'PyTorch')
 
+# %% ../nbs/15_engine.ipynb #08cff581
 @patch
 def do_pool(self:Program, op):
     source = self.planes.get(op.sources[0])
@@ -92,6 +98,7 @@ def do_pool(self:Program, op):
     out = self.new_planes(op_shape(op.node))
     self.commit(op, [TapLayer(pool_taps(source.shape[1], op.window.kernel), op.window, source, out, maximum=True)], {op.node: out})
 
+# %% ../nbs/15_engine.ipynb #1cfa0a1e
 @patch
 def do_mean(self:Program, op):
     source = self.planes.get(op.sources[0])
@@ -99,6 +106,7 @@ def do_mean(self:Program, op):
     def run(): self.tensors[op.node] = (source.rows.sum(-1)/math.prod(source.shape[2:])).reshape(op_shape(op.node))
     self.commit(op, [run], {})
 
+# %% ../nbs/15_engine.ipynb #8a44af1a
 @patch
 def do_rows(self:Program, op):
     if not any(n in self.planes for n in op.sources): return self.do_torch(op)
@@ -112,6 +120,7 @@ def do_rows(self:Program, op):
 # %% ../nbs/15_engine.ipynb #97a022b7
 def _activate(act, x): return getattr(torch.ops.aten, op_name(act) + '_')(x, *act.args[1:], **act.kwargs)
 
+# %% ../nbs/15_engine.ipynb #a350eefb
 @patch
 def sparse(self:Program, op):
     "The steps of a sparse layer, and the planes that they fill"
@@ -119,10 +128,12 @@ def sparse(self:Program, op):
     steps = []
     planes = {n: self.as_planes(n, steps) for n in op.uses()}
     out = self.new_planes(op_shape(op.node))
-    steps.append(TapLayer(conv_taps(op.weight, op.groups), op.window, planes[op.sources[0]], out, op.bias, planes.get(op.residual), op.lo, op.hi))
+    source,residual,taps = planes[op.sources[0]],planes.get(op.residual),conv_taps(op.weight, op.groups)
+    steps.append(TapLayer(taps, op.window, source, out, op.bias, residual, op.lo, op.hi))
     if op.act: steps.append(lambda: _activate(op.act, out.rows))
     return steps,{**planes, op.node: out}
 
+# %% ../nbs/15_engine.ipynb #8f9f3527
 @patch
 def sparse_linear(self:Program, op):
     n,(no,ni) = math.prod(op_shape(op.node)[:-1]),op.weight.shape
@@ -161,6 +172,7 @@ def race(*calls, seconds:float=1.):
             least[j] = min(least[j], clock() - before)
     return least
 
+# %% ../nbs/15_engine.ipynb #0ac218dc
 def _in_turn(steps): return lambda: [f() for f in steps]
 
 # %% ../nbs/15_engine.ipynb #6b769478
@@ -176,8 +188,10 @@ def do_conv(self:Program, op):
         for p in set(planes.values()) - set(self.planes.values()): self.release(p)
         steps,planes = dense,{}
     left = int(op.weight.count_nonzero())
-    self.commit(op, steps, planes, how, left=left/op.weight.numel(), products=left*math.prod(op_shape(op.node))//len(op.weight), times=times)
+    products = left*math.prod(op_shape(op.node))//len(op.weight)
+    self.commit(op, steps, planes, how, left=left/op.weight.numel(), products=products, times=times)
 
+# %% ../nbs/15_engine.ipynb #4bc77a16
 @patch
 def do_linear(self:Program, op): self.do_conv(op)
 
@@ -206,10 +220,11 @@ class FastNetwork:
     @property
     def plan(self): return self.first.plan
 
+# %% ../nbs/15_engine.ipynb #00a5ab41
 def _check_inputs(inputs):
     for i in inputs:
         if i.device.type != 'cpu' or i.is_floating_point() and i.dtype != torch.float32:
-            raise ValueError(f'fast_cpu computes on the processor in float32, but was given {i.dtype} on {i.device}: use model.cpu().float()')
+            raise ValueError(f'fast_cpu computes on the processor in float32, but was given {i.dtype} on {i.device}: use .cpu().float()')
 
 # %% ../nbs/15_engine.ipynb #144538a5
 @patch
@@ -221,6 +236,7 @@ def program(self:FastNetwork, inputs):
         self.programs[key] = self.build(tuple(inputs))
     return self.programs[key]
 
+# %% ../nbs/15_engine.ipynb #a72307bd
 @patch
 @torch.no_grad()
 def build(self:FastNetwork, inputs):
@@ -238,12 +254,14 @@ def build(self:FastNetwork, inputs):
     program.run = program.output if program.used else self.model
     return program
 
+# %% ../nbs/15_engine.ipynb #3956e12e
 def _check_plan(plan, ops):
     names = {op.name for op in ops if op.kind in ('conv', 'linear')}
     for n,how in (plan or {}).items():
         if n not in names: raise ValueError(f"the plan names {n!r}, which is not among the layers: {', '.join(sorted(names))}")
         if how not in ('sparse', 'dense'): raise ValueError(f"the plan says {how!r} of {n}; it may say 'sparse' or 'dense'")
 
+# %% ../nbs/15_engine.ipynb #5e70a851
 def _error(got, wanted):
     return float((got - wanted).abs().max()/wanted.abs().max().clamp(min=1e-30)) if isinstance(wanted, Tensor) else 0.
 
@@ -266,10 +284,13 @@ def _line(name, how, left=None, products=0, times=None):
     ms = ''.join(f'{1e3*t:9.3f}' for t in (times or {}).values()) or 'as the given plan says'
     return f'{name[:32]:32} {how:8}{left:8.1%}{products/1e6:10.2f}{ms}'
 
+# %% ../nbs/15_engine.ipynb #d730c131
 @patch
 def __repr__(self:FastNetwork):
     p = self.first
-    why = '' if p.used else ': all by PyTorch, which is faster' if p.error < 1e-4 else f': all by PyTorch, because the outputs differ by {p.error:.0e}'
+    reason = 'which is faster' if p.error < 1e-4 else f'because the outputs differ by {p.error:.0e}'
+    why = '' if p.used else f': all by PyTorch, {reason}'
     head = [f'FastNetwork for {tuple(self.shapes[0])}: {1e3*p.seconds:.2f} ms, PyTorch {1e3*p.eager:.2f} ms{why}',
-        f"{'':32} {'':8}{'weights':>8}{'million':>10}{'sparse':>9}{'dense':>9}", f"{'layer':32} {'runs':8}{'left':>8}{'products':>10}{'ms':>9}{'ms':>9}"]
+        f"{'':32} {'':8}{'weights':>8}{'million':>10}{'sparse':>9}{'dense':>9}",
+        f"{'layer':32} {'runs':8}{'left':>8}{'products':>10}{'ms':>9}{'ms':>9}"]
     return '\n'.join(head + [_line(**r) for r in p.report])

@@ -22,19 +22,22 @@ def read_graph(
     "The network as `torch.export` sees it."
     try: return torch.export.export(model, inputs, strict=False).module()
     except Exception as e:
-        raise ValueError(f'fast_cpu reads the network with torch.export, which failed; a usual cause is an `if` that depends on a tensor. It said: {e}') from e
+        cause = 'a usual cause is an `if` that depends on a tensor'
+        raise ValueError(f'fast_cpu reads the network with torch.export, which failed; {cause}. It said: {e}') from e
 
 # %% ../nbs/15c_graph.ipynb #724f082e
 def op_name(node:Node) -> str: # 'relu' for aten.relu.default and for aten.relu_.default
     "The operation's name."
     return node.target.overloadpacket.__name__.rstrip('_') if hasattr(node.target, 'overloadpacket') else ''
 
+# %% ../nbs/15c_graph.ipynb #02ca4afa
 def op_arguments(node:Node) -> list:
     "The operation's arguments in their order, with the defaults of those that are left out."
     names = node.target._schema.arguments
     given = {**dict(zip((a.name for a in names), node.args)), **node.kwargs}
     return [given.get(a.name, a.default_value) for a in names]
 
+# %% ../nbs/15c_graph.ipynb #e7e59881
 def op_shape(node:Node) -> tuple: # () if it is not a tensor
     "The shape of the operation's value."
     value = node.meta.get('val') if isinstance(node, Node) else None
@@ -84,7 +87,8 @@ class Reader:
 
     def unfinished(self, node):
         op = self.made.get(node)
-        if op and op.kind in ('conv', 'linear') and len(node.users) == 1 and not op.act and (op.lo, op.hi) == (-math.inf, math.inf): return op
+        if op is None or op.kind not in ('conv', 'linear') or len(node.users) > 1: return
+        if not op.act and (op.lo, op.hi) == (-math.inf, math.inf): return op
 
     def extend(self, op, node):
         self.ops.append(self.ops.pop(self.ops.index(op)))
@@ -95,6 +99,7 @@ class Reader:
 def _pair(v): return tuple(v)*(2 if len(v) == 1 else 1)
 def _is_image(node): return len(op_shape(node)) == 4
 
+# %% ../nbs/15c_graph.ipynb #5bfa1776
 @patch
 def on_conv2d(self:Reader, node, x, weight, bias, stride, padding, dilation, groups):
     w = self.constants.get(weight)
@@ -102,10 +107,12 @@ def on_conv2d(self:Reader, node, x, weight, bias, stride, padding, dilation, gro
     window = Window(tuple(w.shape[2:]), _pair(stride), _pair(padding), _pair(dilation))
     return self.add('conv', node, [x], weight.target.removesuffix('.weight'), w, self.constants.get(bias), window, groups)
 
+# %% ../nbs/15c_graph.ipynb #c5d8f3be
 @patch
 def on_linear(self:Reader, node, x, weight, bias):
     w = self.constants.get(weight)
-    return w is not None and self.add('linear', node, [x], weight.target.removesuffix('.weight'), w, self.constants.get(bias), Window((1, 1)))
+    if w is None: return
+    return self.add('linear', node, [x], weight.target.removesuffix('.weight'), w, self.constants.get(bias), Window((1, 1)))
 
 # %% ../nbs/15c_graph.ipynb #dfeff762
 @patch
@@ -115,20 +122,23 @@ def on_batch_norm(self:Reader, node, x, weight, bias, mean, var, training, momen
     scale = torch.rsqrt(var + eps)*(1 if g is None else g)
     shift = (0 if b is None else b) - mean*scale
     op = self.unfinished(x)
-    if not op or op.residual: return self.add('conv', node, [x], '', scale.float().view(-1, 1, 1, 1), shift.float(), Window((1, 1)), len(scale))
-    op.weight = (op.weight.double()*scale.view(-1, 1, 1, 1)).float()
+    factor = scale.view(-1, 1, 1, 1)
+    if not op or op.residual: return self.add('conv', node, [x], '', factor.float(), shift.float(), Window((1, 1)), len(scale))
+    op.weight = (op.weight.double()*factor).float()
     op.bias = (shift + (0 if op.bias is None else op.bias.double()*scale)).float()
     return self.extend(op, node)
 
 # %% ../nbs/15c_graph.ipynb #cf9e1a00
 activations = 'relu', 'relu6', 'hardtanh', 'silu', 'hardswish', 'leaky_relu', 'elu', 'gelu', 'tanh', 'selu', 'celu', 'mish'
 
+# %% ../nbs/15c_graph.ipynb #662eeafa
 def limits(node:Node) -> tuple: # () if it does not clamp
     "Between which values an activation clamps."
     name = op_name(node)
     if name == 'hardtanh': return tuple(float(v) for v in op_arguments(node)[1:])
     return dict(relu=(0., math.inf), relu6=(0., 6.)).get(name, ())
 
+# %% ../nbs/15c_graph.ipynb #596db8de
 @patch
 def on_activation(self:Reader, node, x, *args):
     op = self.unfinished(x)
@@ -148,11 +158,13 @@ def on_add(self:Reader, node, a, b, alpha=1):
             return self.extend(op, node)
     return self.add('rows', node, [a, b])
 
+# %% ../nbs/15c_graph.ipynb #169c8be3
 @patch
 def on_mul(self:Reader, node, a, b):
     shape = op_shape(node)
     return _is_image(node) and all(op_shape(n) in (shape, (*shape[:2], 1, 1)) for n in (a, b)) and self.add('rows', node, [a, b])
 
+# %% ../nbs/15c_graph.ipynb #d3854be3
 @patch
 def on_cat(self:Reader, node, tensors, dim): return _is_image(node) and dim in (1, -3) and self.add('rows', node, tensors)
 
@@ -162,15 +174,18 @@ def nonnegative(node:Node) -> bool:
     if op_name(node) in ('cat', 'max_pool2d'): return all(nonnegative(n) for n in node.all_input_nodes)
     return bool(limits(node)) and limits(node)[0] >= 0
 
+# %% ../nbs/15c_graph.ipynb #3f0e9b99
 @patch
 def on_max_pool2d(self:Reader, node, x, kernel, stride, padding, dilation, ceil):
     if not _is_image(x) or (ceil or any(padding)) and not nonnegative(x): return
     return self.add('pool', node, [x], window=Window(_pair(kernel), _pair(stride or kernel), _pair(padding), _pair(dilation)))
 
+# %% ../nbs/15c_graph.ipynb #e8d0c534
 @patch
 def on_mean(self:Reader, node, x, dims, keepdim, dtype):
     return _is_image(x) and sorted(d % 4 for d in dims or ()) == [2, 3] and not dtype and self.add('mean', node, [x])
 
+# %% ../nbs/15c_graph.ipynb #9152e29c
 @patch
 def on_adaptive_avg_pool2d(self:Reader, node, x, size): return _is_image(x) and tuple(size) == (1, 1) and self.add('mean', node, [x])
 

@@ -61,9 +61,11 @@ def splat(self:_Code, x):
     one = self.b.insert_element(ir.Constant(self.vec, ir.Undefined), x, self.i32(0))
     return self.b.shuffle_vector(one, one, ir.Constant(self.bits, None))
 
+# %% ../nbs/15a_kernels.ipynb #9ed9972d
 @patch
 def vectors(self:_Code, p, tile): return [self.at(p, t*self.width) for t in range(tile)]
 
+# %% ../nbs/15a_kernels.ipynb #2aab8a8a
 @patch
 def clamp(self:_Code, x, lo, hi):
     x = self.b.select(self.b.fcmp_ordered('<', x, lo), lo, x)
@@ -107,6 +109,7 @@ def _finish(e, sums, here, residual, mask, lo, hi):
 # %% ../nbs/15a_kernels.ipynb #e7d3214e
 _walk_kinds = 'p'*7 + 'i'*7 + 'ff'
 
+# %% ../nbs/15a_kernels.ipynb #7f67bb77
 def _walk_code(tile, unroll, maximum, width):
     e = _Code(_walk_kinds, width)
     out,x,taps,first,bias,residual,mask,plane,vectors,channels,blocks,c0,c1,group,lo,hi = e.args
@@ -131,6 +134,7 @@ def _walk_code(tile, unroll, maximum, width):
 # %% ../nbs/15a_kernels.ipynb #c6d101e0
 _split_kinds = 'ppp' + 'i'*7
 
+# %% ../nbs/15a_kernels.ipynb #41dd8366
 def _split_code(step, width):
     e = _Code(_split_kinds, width)
     out,x,channels,n,rows,columns,plane_out,plane_in,stride_out,stride_in = e.args
@@ -168,6 +172,7 @@ def walk_function(
     "The compiled walk over taps."
     return _compile(_walk_code(tile, unroll, maximum, vector_width()), _walk_kinds)
 
+# %% ../nbs/15a_kernels.ipynb #a1250339
 @functools.cache
 def split_function(
     step:int, # Every so-manieth pixel of a row

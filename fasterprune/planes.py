@@ -18,6 +18,7 @@ __all__ = ['Planes', 'Window', 'Taps', 'conv_taps', 'pool_taps', 'is_shift', 'pa
 # %% ../nbs/15b_planes.ipynb #79795562
 def _round_up(n, to): return -(-n//to)*to
 
+# %% ../nbs/15b_planes.ipynb #af106cb0
 class Planes:
     "Images channel by channel: `pad` zeros after each row and each image are the padding of both neighbours."
     def __init__(self,
@@ -40,11 +41,13 @@ def view(self:Planes) -> Tensor: # (images, channels, height, width)
     "The pixels."
     return self.data.as_strided(self.shape, (self.image, self.plane, self.stride, 1), self.front)
 
+# %% ../nbs/15b_planes.ipynb #ba71d904
 @patch(as_prop=True)
 def rows(self:Planes) -> Tensor: # (images, channels, pixels and the padding after them)
     "The pixels and their padding, one long row a channel."
     return self.data.as_strided((*self.shape[:2], self.image), (self.image, self.plane, 1), self.front)
 
+# %% ../nbs/15b_planes.ipynb #b0f194da
 @patch(as_prop=True)
 def mask(self:Planes) -> Tensor: # int32: all bits where a pixel is, none where padding is
     "The places of one channel that are pixels."
@@ -60,6 +63,7 @@ class Window(NamedTuple):
     padding: tuple = (0, 0)
     dilation: tuple = (1, 1)
 
+# %% ../nbs/15b_planes.ipynb #3f5ef349
 class Taps(NamedTuple):
     "The weights that are left: arrays of the same length"
     out: np.ndarray # Output channel
@@ -79,6 +83,7 @@ def conv_taps(
     own = out//(len(weight)//groups)*weight.shape[1]
     return Taps(out, own + channel, y, x, weight[out, channel, y, x])
 
+# %% ../nbs/15b_planes.ipynb #2754b6b3
 def pool_taps(
     channels:int, # Channels of input and output
     kernel:tuple, # Height and width of the window
@@ -92,6 +97,7 @@ def is_shift(window:Window, before:tuple, after:tuple) -> bool:
     "Whether the window's taps are shifts of the input as it is: stride 1 and the same size."
     return tuple(window.stride) == (1, 1) and tuple(before[2:]) == tuple(after[2:])
 
+# %% ../nbs/15b_planes.ipynb #4a5cc85f
 def padding_needed(
     window:Window,
     before:tuple, # Shape of the input
@@ -135,6 +141,7 @@ def _blocks(taps, planes, reach, tile, channels):
     size = 4*read*(tile*vector_width() + reach*planes.stride)
     return int(max(1, min(size/12_000, each/8)))
 
+# %% ../nbs/15b_planes.ipynb #42ccdfc3
 def _table(taps, offset, row, rows, unroll):
     order,count = np.argsort(row, kind='stable'),np.bincount(row, minlength=rows)
     first = np.concatenate([[0], np.cumsum(np.maximum(_round_up(count, unroll), unroll))])
@@ -178,6 +185,7 @@ def _write_table(self:TapLayer, taps, window):
     row = plane*self.blocks//max(planes.shape[1], 1)*channels + taps.out
     self.table,self.first = _table(taps, offset, row, self.blocks*channels, self.unroll)
 
+# %% ../nbs/15b_planes.ipynb #31585364
 @patch
 def _arguments(self:TapLayer, lo, hi, group):
     "One set of arguments per thread"
@@ -190,6 +198,7 @@ def _arguments(self:TapLayer, lo, hi, group):
 @functools.cache
 def _workers(n): return ThreadPoolExecutor(n)
 
+# %% ../nbs/15b_planes.ipynb #c25724f5
 @patch
 def __call__(self:TapLayer):
     "Computes `out`."

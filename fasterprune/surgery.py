@@ -8,51 +8,15 @@ import time
 import torch
 from torch import nn, Tensor
 from .channels import ChannelGraph
-from .cuts import record_cut, take
+from .cuts import cut_alike, record_cut, record_of
+from .flow import live_channels
+from .granularity import prunable_types
 from .layers import tell
 from .probe import as_inputs, copied, untouched, unwrap
 from .tables import shortened
 
 # %% auto #0
-__all__ = ['live_channels', 'zero_channels', 'cut_channels', 'shrink']
-
-# %% ../nbs/14_surgery.ipynb #297aeb4f
-_norms = nn.modules.batchnorm._NormBase
-_readers = (nn.modules.conv._ConvNd, nn.Linear)
-
-def _channel_dim(m, x): return x.ndim-1 if isinstance(m, nn.Linear) else 1
-
-def _nonzero_channels(m, x): return (x != 0).transpose(0, _channel_dim(m, x)).flatten(1).any(1)
-
-# %% ../nbs/14_surgery.ipynb #f37d2d19
-def _positive_noise(m, args, out):
-    "Hook: random numbers in the place of an output, zeros where a channel is zero"
-    shape = [1]*out.ndim
-    shape[_channel_dim(m, out)] = -1
-    live = _nonzero_channels(m, out).view(shape)
-    return torch.where(live, torch.rand_like(out)+.5, 0.)
-
-def _noise_like(draw, inputs, shift=0.):
-    return tuple(draw(x)+shift if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
-
-# %% ../nbs/14_surgery.ipynb #bc61c784
-def live_channels(
-    model:nn.Module, # The network
-    sample, # A batch of inputs
-) -> dict: # From conv or linear layer to a bool for each of its input channels
-    "Which input channels can be anything other than zero; a layer that did not run is not in it."
-    live,handles = {},[]
-    def note(m, args):
-        now = _nonzero_channels(m, args[0])
-        live[m] = live[m] | now if m in live else now
-    try:
-        for m in model.modules():
-            if isinstance(m, _readers): handles.append(m.register_forward_pre_hook(note))
-            if isinstance(m, (*_readers, _norms)): handles.append(m.register_forward_hook(_positive_noise))
-        with untouched(model), torch.no_grad(): model(*_noise_like(torch.rand_like, as_inputs(sample, model), .5))
-    finally:
-        for h in handles: h.remove()
-    return live
+__all__ = ['zero_channels', 'cut_channels', 'shrink']
 
 # %% ../nbs/14_surgery.ipynb #c6090177
 def _zero_in_group(group, live):
@@ -63,12 +27,12 @@ def _zero_in_group(group, live):
         zero[torch.tensor(of)[alive]] = False
     return zero
 
-# %% ../nbs/14_surgery.ipynb #a946a9c9
+# %% ../nbs/14_surgery.ipynb #6354106a
 def _spared(n_live, n, round_to):
     "How many channels are left: at least one, in multiples of `round_to` where there are enough"
     return min(-(-max(n_live, 1)//round_to)*round_to, n)
 
-# %% ../nbs/14_surgery.ipynb #eb5eac8a
+# %% ../nbs/14_surgery.ipynb #bdf5f4bc
 def zero_channels(
     graph:ChannelGraph, # Of the network
     sample, # A batch of inputs
@@ -77,79 +41,47 @@ def zero_channels(
     "The channels that can be cut, for the first layer of each group; each group keeps at least one."
     live,res = live_channels(graph.model, sample),{}
     for g in graph.groups():
-        if g.others or not g.readers: continue
+        if g.others or g.dense: continue
         zero = _zero_in_group(g, live).nonzero().flatten().tolist()
         gone = zero[:g.n - _spared(g.n-len(zero), g.n, round_to)]
         if gone: res[g.writers[0][1]] = gone
     return res
 
-# %% ../nbs/14_surgery.ipynb #0db64837
-def _tensors(model):
+# %% ../nbs/14_surgery.ipynb #c4761b82
+def _shapes(model):
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {n: t for n,t in named if t.ndim}
+    return {n: tuple(t.shape) for n,t in named}
 
-def _numbers(t, dim):
-    "A tensor like `t`, filled with the index along `dim`"
-    shape = [1]*t.ndim
-    shape[dim] = -1
-    return torch.arange(t.shape[dim], dtype=torch.float32, device=t.device).view(shape).expand(t.shape)
-
-# %% ../nbs/14_surgery.ipynb #bd6b7e9a
-def _fill_with_numbers(model):
-    "Rows in the tensors, columns in their gradients"
-    for t in _tensors(model).values():
-        rows,columns = _numbers(t, 0),_numbers(t, 1) if t.ndim > 1 else None
-        t.data = rows
-        if isinstance(t, nn.Parameter): t.grad = columns
-
-# %% ../nbs/14_surgery.ipynb #a61181d6
-def _read_numbers(t):
-    "The indices of the rows and columns that are left of a tensor filled with numbers"
-    left = [t.data.reshape(len(t), -1)[:, 0]]
-    if t.grad is not None: left.append(t.grad[0].reshape(t.shape[1], -1)[:, 0])
-    return [numbers.long() for numbers in left]
-
-# %% ../nbs/14_surgery.ipynb #cf01ebce
-def _cut_graph(small, sample, round_to, only):
-    "Cut the zero channels (of the groups `only`) out of `small`, which is filled with numbers; the names of the layers that were cut"
-    graph = ChannelGraph(small, sample)
-    plan = {m: c for m,c in zero_channels(graph, sample, round_to).items() if only is None or graph.names[m] in only}
-    _fill_with_numbers(small)
-    for m,channels in plan.items(): graph.cut(m, channels)
-    return [graph.names[m] for m in plan]
-
-# %% ../nbs/14_surgery.ipynb #1c29380b
-def _refill(small, large, left):
-    "What is left of the values of `large`, and a record of what was cut"
-    for prefix,m in small.named_modules():
-        for name,t in (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)):
-            full = f'{prefix}.{name}' if prefix else name
-            if full in left: record_cut(m, name, large[full].shape, left[full])
-    for n,t in _tensors(small).items():
-        t.data,t.grad = take(large[n].detach(), left.get(n, ())).clone(),None
-        if isinstance(t, nn.Parameter): t.requires_grad_(large[n].requires_grad)
-
-# %% ../nbs/14_surgery.ipynb #6daf2d1d
-def _cut(model, sample, round_to, only=None):
-    "A small copy, from the names of its tensors that were cut to what is left of them, and the names of the layers that were cut"
-    small,large = copied(model),_tensors(model)
-    cut = _cut_graph(small, sample, round_to, only)
-    left = {n: _read_numbers(t) for n,t in _tensors(small).items() if t.shape != large[n].shape}
-    _refill(small, large, left)
-    return small, left, cut
+# %% ../nbs/14_surgery.ipynb #62046aa9
+def _cut(model, left):
+    "A copy of `model` of which `left` is left"
+    small,shapes = copied(model),_shapes(model)
+    earlier = {m: dict(getattr(m, 'cut_from', {})) for m in small.modules()}
+    after = {n: tuple(map(len, kept)) + shapes[n][len(kept):] for n,kept in left.items()}
+    cut_alike(small, {n: record_of(shapes[n], kept) for n,kept in left.items()}, after)
+    modules = dict(small.named_modules())
+    here = [(modules[n.rpartition('.')[0]], n) for n in left if n.rpartition('.')[0] in modules] # the others are second names
+    for m,_ in here: m.cut_from = earlier[m]
+    for m,n in here: record_cut(m, n.rpartition('.')[2], shapes[n], left[n])
+    return small
 
 # %% ../nbs/14_surgery.ipynb #7c00f4c6
+def _noise_like(inputs): return tuple(torch.randn_like(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+# %% ../nbs/14_surgery.ipynb #e35c98b7
 def _flat(outputs):
     "All tensors in whatever a network returns"
     if isinstance(outputs, Tensor): return [outputs]
+    if hasattr(outputs, '__dict__') and not isinstance(outputs, (dict, tuple, list, type)): outputs = vars(outputs)
     if isinstance(outputs, dict): outputs = list(outputs.values())
     if not isinstance(outputs, (tuple, list)): return []
     return [t for o in outputs for t in _flat(o)]
 
+# %% ../nbs/14_surgery.ipynb #d177bac3
 def _outputs(model, inputs):
     with untouched(model), torch.no_grad(): return _flat(model(*inputs))
 
-# %% ../nbs/14_surgery.ipynb #c9d28050
+# %% ../nbs/14_surgery.ipynb #53e89759
 def _close(a, b):
     "Are two outputs the same, but for rounding? Of whole numbers and truth values only the shape is compared: rounding may tip them over"
     if a.shape != b.shape: return False
@@ -159,50 +91,68 @@ def _close(a, b):
     exact = a.device.type == 'cpu' and a.dtype in (torch.float32, torch.float64)
     return not a.numel() or bool((a-b).abs().max() <= (1e-4 if exact else 2e-2)*a.abs().max() + 1e-6)
 
-# %% ../nbs/14_surgery.ipynb #a57b2347
+# %% ../nbs/14_surgery.ipynb #31501fa0
 def _differ(model, small, sample):
     "Do two networks give different outputs, on the sample or on noise?"
     inputs = as_inputs(sample, model)
-    with untouched(model): noise = _noise_like(torch.randn_like, inputs)
+    with untouched(model): noise = _noise_like(inputs)
     for x in (inputs, noise):
         try: pairs = list(zip(_outputs(model, x), _outputs(small, x), strict=True))
         except (RuntimeError, ValueError, TypeError): return True
         if not all(_close(a, b) for a,b in pairs): return True
     return False
 
-# %% ../nbs/14_surgery.ipynb #180f3e90
-def _guilty(model, sample, round_to, names, seconds=20):
-    "Which of the layers cannot be cut, each tried alone; all that were not tried if that takes too long"
-    start,guilty = time.monotonic(),[]
-    for i,n in enumerate(names):
-        if time.monotonic()-start > seconds: return guilty + names[i:]
-        if _differ(model, _cut(model, sample, round_to, [n])[0], sample): guilty.append(n)
-    return guilty or names
+# %% ../nbs/14_surgery.ipynb #c4f6cfb5
+def _cut_what_can_be(model, graph, plan, sample, seconds=30):
+    "The small network, what is left of its tensors, and the part of `plan` without which the outputs are the same"
+    end = time.monotonic()+seconds
+    def tried(layers):
+        left = graph.left({m: plan[m] for m in layers})
+        small = _cut(model, left)
+        return None if _differ(model, small, sample) else (small, left, layers)
+    def good(layers):
+        if not layers or time.monotonic() > end: return []
+        if tried(layers): return layers
+        half = len(layers)//2
+        return good(layers[:half]) + good(layers[half:]) if half else []
+    return tried(list(plan)) or tried(good(list(plan))) or tried([])
 
-# %% ../nbs/14_surgery.ipynb #fe611dca
+# %% ../nbs/14_surgery.ipynb #e1d98ee9
 def _zero_filters(model, round_to=1):
     "For each layer with at least `round_to` zero filters, how many of how many"
     res = {}
     for name,m in model.named_modules():
-        if not isinstance(m, _readers): continue
+        if not isinstance(m, prunable_types): continue
         dim = 1 if getattr(m, 'transposed', False) else 0
         zero = int((m.weight == 0).transpose(0, dim).flatten(1).all(1).sum())
         if zero >= round_to and m.weight.shape[dim] > 1: res[name] = f'{name} ({zero} of {m.weight.shape[dim]})'
     return res
 
-# %% ../nbs/14_surgery.ipynb #3403bec5
-def _tell_left_in(small, round_to):
-    left = _zero_filters(small, round_to)
-    if left: tell(
-        "zero filters were left in because their channels are the output or can be nonzero, through a bias, a norm over channels or "
-        f"a residual sum with a live filter: {shortened(left.values())}; coupled filters are pruned together with coupled=True")
+# %% ../nbs/14_surgery.ipynb #94ebf017
+def _reasons(graph, refused):
+    "From the name of each layer whose filters stay to the reason"
+    res = {}
+    for g in graph.groups():
+        why = [*g.others, g.dense][0]
+        for name,m,_,_ in g.writers:
+            if g.writers[0][1] in refused: res[name] = 'without them the network gives other outputs'
+            elif why: res[name] = why
+    return res
 
-# %% ../nbs/14_surgery.ipynb #f6bcb10a
+# %% ../nbs/14_surgery.ipynb #b135fdfc
+def _tell_left_in(small, round_to, reasons):
+    "A line about zero filters that were left in"
+    left = [f'{text}: {reasons[n]}' if n in reasons else text for n,text in _zero_filters(small, round_to).items()]
+    if left: tell(
+        "zero filters were left in, because their channels cannot be cut, or can be nonzero through a bias, a norm or a residual sum with "
+        f"a live filter: {shortened(left)}; coupled filters are pruned together with coupled=True")
+
+# %% ../nbs/14_surgery.ipynb #437c91eb
 def _check_round_to(n):
     if isinstance(n, int) and not isinstance(n, bool) and n > 0: return
     raise ValueError(f"round_to got {n!r}; it is a whole number, 8 or 16 for instance")
 
-# %% ../nbs/14_surgery.ipynb #73dd0db0
+# %% ../nbs/14_surgery.ipynb #5ea95784
 def cut_channels(
     model:nn.Module, # A network with filters that are zero
     sample, # A batch of inputs: a tensor, or a tuple or list of them
@@ -211,17 +161,22 @@ def cut_channels(
     "A copy of `model` without its zero channels, and what is left of each tensor; the outputs are those of `model`."
     _check_round_to(round_to)
     model = unwrap(model)
-    small,left,cut = _cut(model, sample, round_to)
-    if not cut and not _zero_filters(model): raise ValueError(
+    graph = ChannelGraph(model, sample)
+    plan = zero_channels(graph, sample, round_to)
+    if not plan and not _zero_filters(model): raise ValueError(
         "no filter of this model is zero, so there is nothing to cut: "
         "prune whole filters first, with granularity 'filter' and coupled=True")
-    if _differ(model, small, sample): raise ValueError(
-        f"without the zero channels of {shortened(_guilty(model, sample, round_to, cut))} the network gives other outputs, "
-        "so its code must mix channels in a way that is not seen; nothing was changed: leave the layer out of the pruning with exclude=")
-    _tell_left_in(small, round_to)
+    found = _cut_what_can_be(model, graph, plan, sample)
+    if found is None: raise ValueError(
+        "a copy of the model gives other outputs than the model, so cutting cannot be checked; nothing was changed")
+    small,left,done = found
+    if plan and not done: raise ValueError(
+        f"without the zero channels of {shortened([graph.names[m] for m in plan])} the network gives other outputs, "
+        "so its code must count channels in a way that is not seen; nothing was changed: leave the layer out of the pruning with exclude=")
+    _tell_left_in(small, round_to, _reasons(graph, set(plan) - set(done)))
     return small, left
 
-# %% ../nbs/14_surgery.ipynb #988e1e57
+# %% ../nbs/14_surgery.ipynb #36664217
 def shrink(
     model:nn.Module, # A network with filters that are zero
     sample, # A batch of inputs: a tensor, or a tuple or list of them

@@ -8,14 +8,14 @@ import inspect, os, time
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable
 import numpy as np, torch
 from fastai.torch_core import default_device, num_distrib, rank_distrib
 from ..tables import Table
 from .data import find_images, load_data
-from .keys import described, versions
+from .keys import versions
 from .models import model_channels
 from .pictures import plot_accuracy, plot_curves, plot_params
 from .plan import (check_budget, check_process, check_pruning, chosen, grid, recipe_settings, rehearse_all,
@@ -82,8 +82,9 @@ def _row(key, s, images, measured):
 # %% ../../nbs/experiments/10_study.ipynb #26aababa
 def _source(f):
     "The text of a function, for the reader of a row"
-    try: return inspect.getsource(f)
-    except (OSError, TypeError): return repr(described(f))[:200] if not hasattr(f, 'func') else _source(f.func)
+    while isinstance(f, partial): f = f.func
+    try: return inspect.getsource(f if inspect.isroutine(f) else type(f))
+    except (OSError, TypeError): return ''
 
 # %% ../../nbs/experiments/10_study.ipynb #37305f2a
 loggers = ('csv', 'tensorboard', 'wandb')
