@@ -90,7 +90,7 @@ def train(data, c, seed):
     n,lr,exclude,pruned = c['epochs'],c['lr'],[x for x in c['exclude'].split(',') if x],c['schedule'] != 'dense'
     schedule = partial(sched_onecycle, alpha=c['alpha'], beta=c['beta']) if c['schedule'] == 'onecycle' else schedules.get(c['schedule'])
     s = sparsity_elsewhere(learn.model, c['sparsity'], exclude)
-    prune = lambda: SparsifyCallback(s, context=c['context'], schedule=schedule, exclude=exclude, resolution=.01) if pruned else None
+    prune = lambda: SparsifyCallback(s, context=c['context'], schedule=schedule, exclude=exclude, min_change=.01) if pruned else None
     start = time.perf_counter()
     with learn.no_bar(), learn.no_logging():
         if c['how'] in ('scratch', 'fit'): learn.fit_one_cycle(n, lr, cbs=prune())

@@ -18,8 +18,9 @@ __all__ = ['ChannelGroup', 'ChannelGraph']
 # %% ../nbs/06_channels.ipynb #219b4cb7
 def _names(rows): return ', '.join(r[0] for r in rows) or 'nobody'
 
+# %% ../nbs/06_channels.ipynb #b6c8aaf5
 class ChannelGroup:
-    "The channels that one layer writes, and everything coupled with them: rows in which `channels[i]` of a module belongs to channel `of[i]` of the group."
+    "The channels that one layer writes, and what is coupled with them. In a row, `channels[i]` of a module belongs to channel `of[i]`."
     def __init__(self,
         name:str, # Name of the layer that the group is named after, the first that writes
         n:int, # Number of channels
@@ -41,8 +42,9 @@ class ChannelGroup:
 def whole(self:ChannelGroup) -> bool:
     "Has each writer exactly one filter for each channel, in the same order?"
     every = list(range(self.n))
-    return all(channels == every and of == every for _,_,channels,of in self.writers)
+    return all(n_channels(m) == self.n and channels == every and of == every for _,m,channels,of in self.writers)
 
+# %% ../nbs/06_channels.ipynb #e0af0df6
 @patch(as_prop=True)
 def dense(self:ChannelGroup) -> str:
     "Why the filters cannot be pruned as one; '' if they can."
@@ -85,6 +87,7 @@ def group(self:ChannelGraph,
     if not g.others and len({i for row in g.readers for i in row[3]}) < g.n: g.others.append('nobody is known to read some of them')
     return g
 
+# %% ../nbs/06_channels.ipynb #51474da9
 @patch
 def groups(self:ChannelGraph) -> list: # `ChannelGroup`s
     "All groups, in the order of the network's modules. A layer whose channels are another's too is in the group of the first of them."
@@ -98,6 +101,7 @@ def groups(self:ChannelGraph) -> list: # `ChannelGroup`s
 # %% ../nbs/06_channels.ipynb #1518dfee
 def _tensors(m): return {n: t for n,t in (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)) if t.ndim}
 
+# %% ../nbs/06_channels.ipynb #8148d3d8
 def _left(m, outs, ins):
     "For each tensor of `m` the indices that are left of its first dimensions: `outs` and `ins` are those of the filters and the inputs"
     if isinstance(m, norm_types): return {n: (ins,) for n in _tensors(m)}
@@ -105,6 +109,7 @@ def _left(m, outs, ins):
     weight = (ins, outs) if getattr(m, 'transposed', False) else (outs, ins)
     return {n: weight if n == 'weight' else (outs,) for n in _tensors(m)}
 
+# %% ../nbs/06_channels.ipynb #7c5b8420
 @patch
 def left(self:ChannelGraph,
     plan:dict, # From layer to the list of its output channels that go

@@ -19,12 +19,14 @@ __all__ = ['Couplings', 'is_depthwise', 'find_couplings', 'labels_of']
 # %% ../nbs/05c_couplings.ipynb #f1e73ffc
 def _varies(x, d): return x.shape[d] > 1 and not bool((x == x.narrow(d, 0, 1)).all())
 
+# %% ../nbs/05c_couplings.ipynb #d7b9a539
 def _squashed(x, start=0):
     "`x` without its repetitions: dimensions along which it is constant have length 1"
     for d in range(start, x.ndim):
         if x.shape[d] > 1 and not _varies(x, d): x = x.narrow(d, 0, 1)
     return x
 
+# %% ../nbs/05c_couplings.ipynb #888993a9
 class Couplings(Labels):
     "Labels that are coupled where they meet, and fixed where they are lost."
     def __init__(self,
@@ -32,7 +34,8 @@ class Couplings(Labels):
     ):
         super().__init__(model)
         self.names = {m: n for n,m in model.named_modules()}
-        self.roots,self.fixed = np.arange(self.n+1),{} # from label to that which stands for its class; from label to the reason why it stays
+        self.roots = np.arange(self.n+1) # from label to that which stands for its class
+        self.fixed = {} # from label to the reason why it stays
         self._users = Counter(id(p) for m in model.modules() for p in m._parameters.values()) # of each parameter
         self._classes = {} # from the label that stands for a class to its labels
         self._inside,self._why = [],'' # the layers that are running, each with the number of its products; the reason at hand
@@ -62,13 +65,23 @@ def met(self:Couplings, a, b):
     self.fix(torch.where(one, torch.maximum(a, b), 0.)) # with the input of the network, or with zeros beside other channels
     return self.canon(torch.where(torch.minimum(a, b) < 0, self.unknown, torch.where(a > 0, a, b)))
 
+# %% ../nbs/05c_couplings.ipynb #d02e0459
+def _gates(a, b):
+    "Is `a` one number for all channels of `b`, by broadcasting? Then there may be fewer"
+    dims = [d for d in range(1, b.ndim) if _varies(b, d)]
+    return bool(dims) and all(a.stride(d) == 0 for d in dims)
+
+# %% ../nbs/05c_couplings.ipynb #c6e4792a
 @patch
 def combined(self:Couplings, shadows, call=None):
-    if len(shadows) == 1: return shadows[0]
-    out,*others = self.canon(_squashed(torch.stack(shadows), 1)).unbind(0)
-    for x in others: out = self.met(out, x)
-    return out.expand(shadows[0].shape)
+    out,*others = shadows
+    for x in others:
+        if _gates(x, out): continue
+        if _gates(out, x): out = x
+        else: out = self.met(*self.canon(_squashed(torch.stack([out, x]), 1)).unbind(0)).expand(x.shape)
+    return out
 
+# %% ../nbs/05c_couplings.ipynb #ff7d1b67
 @patch
 def pool(self:Couplings, x, dims):
     small = self.canon(_squashed(x))
@@ -79,12 +92,14 @@ def pool(self:Couplings, x, dims):
 # %% ../nbs/05c_couplings.ipynb #ec784ff8
 def _plain(call): return call.name.removeprefix('native_').strip('_')
 
+# %% ../nbs/05c_couplings.ipynb #ef13abd3
 @patch
 def rule(self:Couplings, call):
     self._why = f'{_plain(call)} mixes channels'
     if call.is_(torch.Tag.pointwise): self._meet_constants(call)
     return super(Couplings, self).rule(call)
 
+# %% ../nbs/05c_couplings.ipynb #09c1eaba
 @patch
 def _meet_constants(self:Couplings, call):
     for c in call.tensors:
@@ -93,6 +108,7 @@ def _meet_constants(self:Couplings, call):
             dims = range(1, min(c.ndim, x.ndim)+1)
             if any(c.shape[-d] > 1 and _varies(x, -d) for d in dims): self.fix(x, 'a constant has a number for each channel')
 
+# %% ../nbs/05c_couplings.ipynb #d8e4e097
 @patch
 def normed(self:Couplings, x, weight, bias, mean):
     of_norm = self._inside and isinstance(self._inside[-1][0], norm_types)
@@ -100,6 +116,7 @@ def normed(self:Couplings, x, weight, bias, mean):
     if given and not of_norm and any(_varies(x, d) for d in range(1, x.ndim)): self.fix(x, 'a constant has a number for each channel')
     return x
 
+# %% ../nbs/05c_couplings.ipynb #a6c63ef7
 @patch
 def lose(self:Couplings, call):
     for t in call.tensors:
@@ -117,6 +134,7 @@ def contracted(self:Couplings, call):
             if self.known(t): self.fix(self.shadow(t), f'layer {self.names[m]} computes its weight')
     return self.unknown
 
+# %% ../nbs/05c_couplings.ipynb #bd9357ac
 @patch
 def _blurred(self:Couplings, call):
     found = super(Couplings, self).contracted(call)
@@ -127,6 +145,7 @@ def _blurred(self:Couplings, call):
 _harmless = set('permute transpose t expand unsqueeze squeeze alias detach lift_fresh view_as'.split())
 _reshapes = set('view _unsafe_view reshape _reshape_alias'.split())
 
+# %% ../nbs/05c_couplings.ipynb #b596c601
 def _divided(shape, d, new):
     "Does reshaping from `shape` to `new` divide dimension `d`?"
     before,after,n = math.prod(shape[:d]),math.prod(shape[:d+1]),1
@@ -135,6 +154,7 @@ def _divided(shape, d, new):
         if before < n < after: return True
     return False
 
+# %% ../nbs/05c_couplings.ipynb #02202171
 @patch
 def viewed(self:Couplings, call):
     t = call.tensors[0]
@@ -155,6 +175,7 @@ def _places(call, ndim):
     if dim is None: return range(1, ndim)
     return [dim] if isinstance(dim, int) else dim
 
+# %% ../nbs/05c_couplings.ipynb #ce6973a9
 @patch
 def moved(self:Couplings, call):
     if call.name in ('cat', 'stack', 'repeat'): return
@@ -168,6 +189,7 @@ def is_depthwise(
     "Does `m` pass channels on, one by one?"
     return getattr(m, 'groups', 1) == getattr(m, 'in_channels', 0) == n_channels(m) > 1
 
+# %% ../nbs/05c_couplings.ipynb #d3128a13
 @patch
 def _why_fixed(self:Couplings, m):
     "Why neither inputs nor filters of layer `m` can be cut; '' if they can"
@@ -176,6 +198,7 @@ def _why_fixed(self:Couplings, m):
     if self._users[id(m.weight)] > 1: return 'shares its weight'
     return ''
 
+# %% ../nbs/05c_couplings.ipynb #35b3b565
 @patch
 def enter(self:Couplings, m, x):
     self._inside.append((m, 0))
@@ -186,6 +209,7 @@ def enter(self:Couplings, m, x):
     self.read[m] = self.met(self.read[m], labels) if m in self.read else labels
     if m in self.first and self._why_fixed(m): self.fix(labels, f'layer {self.names[m]} {self._why_fixed(m)}')
 
+# %% ../nbs/05c_couplings.ipynb #a1d16fae
 @patch
 def leave(self:Couplings, m, out):
     self._inside.pop()
@@ -207,12 +231,14 @@ def find_couplings(
     if idle: _fix_idle(found, idle, model, sample)
     return found
 
+# %% ../nbs/05c_couplings.ipynb #97ebe51a
 def labels_of(
     read:torch.Tensor, # Labels as shadows have them
 ) -> np.ndarray: # Whole numbers, 0 for what has no label
     "Labels as indices."
     return read.clamp(min=0).long().cpu().numpy()
 
+# %% ../nbs/05c_couplings.ipynb #db9b312a
 def _fix_idle(found, idle, model, sample):
     "What layers read that run only in training"
     try: training = follow(lambda: Couplings(model), model, sample, branches_of_training=True)

@@ -22,6 +22,7 @@ def n_channels(
     "How many channels `m` makes."
     return m.out_features if isinstance(m, nn.Linear) else m.out_channels
 
+# %% ../nbs/05b_flow.ipynb #8afa2abc
 class Labels(Shadows):
     "Shadows that say which filter an element is made from."
     unknown = -1
@@ -59,6 +60,7 @@ class Labels(Shadows):
 # %% ../nbs/05b_flow.ipynb #bfe0467e
 def _but(dim, ndim): return [d for d in range(ndim) if d != dim]
 
+# %% ../nbs/05b_flow.ipynb #ed991974
 @patch
 def enter(self:Labels, m, x):
     "What comes into layer or norm `m`"
@@ -66,6 +68,7 @@ def enter(self:Labels, m, x):
     labels = self.pool(self.shadow(x), _but(dim, x.ndim)).flatten()
     self.read[m] = self.combined([self.read[m], labels]) if m in self.read else labels
 
+# %% ../nbs/05b_flow.ipynb #fe56f302
 @patch
 def leave(self:Labels, m, out):
     "What layer `m` made: new labels"

@@ -16,6 +16,7 @@ __all__ = ['unwrap', 'as_inputs', 'untouched', 'copied', 'input_scale']
 # %% ../nbs/05_probe.ipynb #e743bdb5
 _parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
+# %% ../nbs/05_probe.ipynb #2f0e990c
 def unwrap(
     model:nn.Module, # Any network
 ) -> nn.Module: # The network that the user wrote
@@ -28,12 +29,14 @@ def unwrap(
 # %% ../nbs/05_probe.ipynb #7266bebe
 def _device(model): return next((p.device for p in model.parameters()), torch.device('cpu'))
 
+# %% ../nbs/05_probe.ipynb #9f99a8bd
 def _plain(x, device):
     if isinstance(x, Tensor): return x.detach().as_subclass(Tensor).to(device).clone()
     if isinstance(x, dict): return {k: _plain(v, device) for k,v in x.items()}
     if type(x) in (list, tuple): return type(x)(_plain(v, device) for v in x)
     return x
 
+# %% ../nbs/05_probe.ipynb #dc07ed9e
 def as_inputs(
     sample, # A batch of inputs: a tensor, or a tuple or list of them
     model:nn.Module, # The network that they are for
@@ -49,6 +52,7 @@ def _switches(model):
     switches = [m for m in model.modules() if type(m).train is not nn.Module.train]
     return [(m, [(p, p.detach().clone()) for p in m.parameters(recurse=False)]) for m in switches]
 
+# %% ../nbs/05_probe.ipynb #152b286c
 @contextmanager
 def _evaluating(model):
     modes,switches = [(m, m.training) for m in model.modules()],_switches(model)
@@ -65,6 +69,7 @@ def _evaluating(model):
 _hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks', '_forward_hooks_with_kwargs',
           '_forward_hooks_always_called', '_forward_pre_hooks_with_kwargs')
 
+# %% ../nbs/05_probe.ipynb #78b72762
 @contextmanager
 def _marks_kept(model):
     "Afterwards, hooks and frozen parameters are as before"
@@ -87,6 +92,7 @@ def _as_written():
         with torch.compiler.set_stance('force_eager') if compiled else nullcontext(): yield
     finally: torch.backends.mha.set_fastpath_enabled(shortcut)
 
+# %% ../nbs/05_probe.ipynb #4fec9f92
 @contextmanager
 def untouched(
     model:nn.Module, # The network
@@ -108,6 +114,7 @@ def _computed(o):
     if not isinstance(o, (list, tuple)): return []
     return [t for x in o for t in _computed(x)]
 
+# %% ../nbs/05_probe.ipynb #35489302
 def _uncopied(model):
     "Which attributes cannot be copied"
     def fails(o):
@@ -116,23 +123,27 @@ def _uncopied(model):
     own = {f'{name or "the model"}.{k}': v for name,m in model.named_modules() for k,v in vars(m).items() if k != '_modules'}
     return ', '.join(k for k,v in own.items() if fails(v)) or 'for its own reasons'
 
+# %% ../nbs/05_probe.ipynb #fd54f1cb
 def copied(
     model:nn.Module, # Any network
 ) -> nn.Module: # Another one
     "A deep copy, without the history of its tensors."
     known = {id(t): t.detach().clone() for m in model.modules() for t in _computed(vars(m))}
     try: return copy.deepcopy(model, known)
-    except Exception as e: raise ValueError(f"the model cannot be copied: {_uncopied(model)} ({type(e).__name__}: {e}); nothing was changed") from e
+    except Exception as e:
+        raise ValueError(f"the model cannot be copied: {_uncopied(model)} ({type(e).__name__}: {e}); nothing was changed") from e
 
 # %% ../nbs/05_probe.ipynb #5172626a
 def _first(args, kwargs): return args[0] if args else next(iter(kwargs.values()))
 
+# %% ../nbs/05_probe.ipynb #d385ffec
 def _run_with_hooks(model, sample, modules, hook):
     "Run the sample, with `hook(module, input)` at each of `modules`"
     with untouched(model) as net, torch.no_grad():
         for m in modules: m.register_forward_hook(lambda m,args,kwargs,out: hook(m, _first(args, kwargs)), with_kwargs=True)
         net(*as_inputs(sample, net))
 
+# %% ../nbs/05_probe.ipynb #3f1629e0
 def _mean_over_ranks(t):
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(t)
@@ -150,6 +161,7 @@ def _sums_of_squares(model, modules, sample):
     _run_with_hooks(model, sample, modules, add)
     return sums
 
+# %% ../nbs/05_probe.ipynb #f64469e0
 def _beside_weight(m, per_input):
     "A value for each input channel, in a shape that broadcasts to the weight"
     view = weight_view(m)
@@ -165,6 +177,7 @@ def input_scale(
     "How large each input channel of each layer is on `sample`; averaged over the ranks of a distributed run."
     sums,names = _sums_of_squares(model, modules, sample),{m: n for n,m in unwrap(model).named_modules()}
     for m in modules:
-        if m not in sums: raise ValueError(f"the criterion looks at the inputs of layer {names.get(m, m)}, which did not run on the sample: "
-                                           f"leave it out with exclude={[names.get(m, m)]}")
+        if m not in sums: raise ValueError(
+            f"the criterion looks at the inputs of layer {names.get(m, m)}, which did not run on the sample: "
+            f"leave it out with exclude={[names.get(m, m)]}")
     return {m: _beside_weight(m, _mean_over_ranks(sums[m][0]/sums[m][1]).sqrt()) for m in modules}

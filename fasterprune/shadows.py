@@ -23,6 +23,7 @@ def tensors(
     "All tensors in `x`."
     return [t for t in tree_leaves(x) if isinstance(t, Tensor)]
 
+# %% ../nbs/05a_shadows.ipynb #a9bc46eb
 class Call:
     "One elementary operation of PyTorch, with its arguments by name."
     def __init__(self, func, args, kwargs):
@@ -59,8 +60,10 @@ def storage(
     "The memory of `t`: a weak reference, so that a shadow goes when its tensor goes."
     return StorageWeakRef(t.untyped_storage())
 
+# %% ../nbs/05a_shadows.ipynb #d4bf180c
 def _length(t): return t.untyped_storage().nbytes() // max(t.element_size(), 1)
 
+# %% ../nbs/05a_shadows.ipynb #2ba0ba87
 class Shadows(TorchDispatchMode):
     "Carries a shadow beside every tensor that depends on the inputs of a network, while it runs."
     unknown = None # stands for anything
@@ -93,6 +96,7 @@ class Shadows(TorchDispatchMode):
 # %% ../nbs/05a_shadows.ipynb #483471d7
 class NoRule(Exception): "Nothing is known of the result of an operation"
 
+# %% ../nbs/05a_shadows.ipynb #eeeaccf8
 def _follow(shadows, call):
     "Run `call`, and write the shadows of what it makes"
     if not any(shadows.known(t) for t in call.tensors) and not call.is_(torch.Tag.nondeterministic_seeded): return call.run()
@@ -105,6 +109,7 @@ def _follow(shadows, call):
     elif not call.is_(torch.Tag.inplace_view): _write(shadows, call, outs)
     return call.out
 
+# %% ../nbs/05a_shadows.ipynb #76904f40
 def _write(shadows, call, outs):
     "The first of `outs` gets what the rule says; of the others nothing is known"
     try: found = shadows.rule(call)
@@ -122,17 +127,21 @@ def rule(self:Shadows, call):
     if rule is None: raise NoRule(call.name)
     return rule(self, call)
 
+# %% ../nbs/05a_shadows.ipynb #d61c3d06
 @patch
 def viewed(self:Shadows, call): "Told of every view"
 
+# %% ../nbs/05a_shadows.ipynb #48cdf7d3
 @patch
 def moved(self:Shadows, call): "Told of every call that moves elements"
 
+# %% ../nbs/05a_shadows.ipynb #61d582ca
 @patch
 def lose(self:Shadows, call):
     "What is known of a result for which there is no rule"
     return self.unknown
 
+# %% ../nbs/05a_shadows.ipynb #ccd4a726
 @patch
 def __torch_dispatch__(self:Shadows, func, types, args=(), kwargs=None): return _follow(self, Call(func, args, kwargs or {}))
 
@@ -144,8 +153,10 @@ def elementwise(
     "Each element is made of the elements at the same place"
     return s.combined([s.shadow(t).expand(call.shape) for t in call.tensors if s.known(t)], call)
 
+# %% ../nbs/05a_shadows.ipynb #768a544a
 def _product(s, call): return s.product(call)
 
+# %% ../nbs/05a_shadows.ipynb #bec663ef
 def _moved(s, call):
     "Elements go to other places, which the input does not decide"
     places = {k: v for k,v in call.arg.items() if k in ('index', 'indices', 'mask')}
@@ -153,10 +164,12 @@ def _moved(s, call):
     s.moved(call)
     return call.of(lambda t: s.shadow(t).clone(), keep=places)
 
+# %% ../nbs/05a_shadows.ipynb #4968ecd3
 def _padded(s, call):
     s.moved(call)
     return call.func(s.shadow(call.arg['self']), call.arg['pad'], s.of_number(call.arg['value']))
 
+# %% ../nbs/05a_shadows.ipynb #c95007ee
 def _constant(s, call): return s.of_constant(call.out) if call.written else None
 
 # %% ../nbs/05a_shadows.ipynb #9fe92aac
@@ -165,17 +178,20 @@ def _spatial(n):
     def rule(s, call): return s.pool(s.shadow(call.args[0]), list(range(-n, 0))).expand(call.shape)
     return rule
 
+# %% ../nbs/05a_shadows.ipynb #db3426f2
 def _reduced(s, call):
     "A mean, a sum or alike over the dimensions `dim`, or over all"
     x,dim = s.shadow(call.args[0]),call.arg.get('dim')
     if dim is None or dim == []: dim = list(range(x.ndim))
     return s.pool(x, dim).reshape(call.shape)
 
+# %% ../nbs/05a_shadows.ipynb #9f4ed39e
 def _contracted(s, call): return s.contracted(call)
 
 # %% ../nbs/05a_shadows.ipynb #185f31ec
 def _on_channels(t, ndim): return None if t is None else t.view(-1, *[1]*(ndim-2))
 
+# %% ../nbs/05a_shadows.ipynb #fa20e0a1
 def _batch_norm(s, call):
     "Each channel is shifted and scaled by its own numbers; those of the batch mix all of a channel"
     x,of_batch = s.shadow(call.args[0]),call.arg.get('training', 'no_training' not in call.name)
@@ -183,10 +199,12 @@ def _batch_norm(s, call):
     if of_batch: x,mean = s.pool(x, [d for d in range(x.ndim) if d != 1]),None
     return s.normed(x, weight, bias, mean).expand(call.shape)
 
+# %% ../nbs/05a_shadows.ipynb #959ca041
 def _layer_norm(s, call):
     x,n = s.shadow(call.args[0]),len(call.arg['normalized_shape'])
     return s.normed(s.pool(x, list(range(-n, 0))), call.arg['weight'], call.arg['bias'], None).expand(call.shape)
 
+# %% ../nbs/05a_shadows.ipynb #6ea5d014
 def _group_norm(s, call):
     x = s.shadow(call.args[0])
     pooled = s.pool(x.reshape(x.shape[0], call.arg['group'], -1), [2]).expand(-1, -1, x[0].numel()//call.arg['group']).reshape(x.shape)
@@ -208,9 +226,11 @@ _by_rule = {
     _layer_norm: 'native_layer_norm',
     _group_norm: 'native_group_norm',
 }
-_spatial_names = ('avg_pool', 'max_pool', '_adaptive_avg_pool', 'adaptive_avg_pool', 'adaptive_max_pool', 'upsample_nearest', '_upsample_nearest_exact',
+_spatial_names = ('avg_pool', 'max_pool', '_adaptive_avg_pool', 'adaptive_avg_pool', 'adaptive_max_pool',
+                  'upsample_nearest', '_upsample_nearest_exact',
                   'upsample_linear', 'upsample_bilinear', 'upsample_bicubic', 'upsample_trilinear')
 
+# %% ../nbs/05a_shadows.ipynb #295143cd
 def _rules():
     "From the name of an operation to its rule"
     rules = {name: rule for rule,names in _by_rule.items() for name in names.split()}
@@ -222,6 +242,7 @@ def _rules():
 # %% ../nbs/05a_shadows.ipynb #3f72df00
 norm_types = (nn.modules.batchnorm._NormBase,)
 
+# %% ../nbs/05a_shadows.ipynb #8e53285a
 def channel_dim(
     m:nn.Module, # A conv or linear layer, or a norm
     x:Tensor, # What it takes or makes
@@ -231,6 +252,7 @@ def channel_dim(
     if isinstance(m, norm_types): return min(1, x.ndim-1)
     return x.ndim - m.weight.ndim + 1
 
+# %% ../nbs/05a_shadows.ipynb #b07e0b76
 def _few(inputs, n=2):
     "The first examples of a batch"
     lengths = {len(t) if t.ndim else 0 for t in tensors(inputs)}
@@ -239,6 +261,7 @@ def _few(inputs, n=2):
 # %% ../nbs/05a_shadows.ipynb #f93a6b04
 def _take(m, args, kwargs): return args[0] if args else next(iter(kwargs.values()))
 
+# %% ../nbs/05a_shadows.ipynb #4448ed6d
 def _run(shadows, net, inputs):
     for m in net.modules():
         if not isinstance(m, (*prunable_types, *norm_types)): continue
@@ -248,10 +271,12 @@ def _run(shadows, net, inputs):
         for t in tensors(inputs): shadows.write(t, shadows.unknown)
         return net(*inputs)
 
+# %% ../nbs/05a_shadows.ipynb #d06ac63c
 def _train_branches(net):
     "Containers are in training mode; norms and dropouts are not"
     for m in net.modules(): m.training = next(m.children(), None) is not None
 
+# %% ../nbs/05a_shadows.ipynb #fea7aa5e
 def follow(
     make, # Makes the `Shadows`
     model:nn.Module, # The network
@@ -268,4 +293,5 @@ def follow(
                 shadows.outputs = _run(shadows, net, x)
             return shadows
         except Exception as e: error = e # too few, perhaps
-    raise ValueError(f"the model does not run on the sample ({type(error).__name__}: {error}); sample is a batch of inputs, as the model takes them") from error
+    raise ValueError(f"the model does not run on the sample ({type(error).__name__}: {error}); "
+                     "sample is a batch of inputs, as the model takes them") from error

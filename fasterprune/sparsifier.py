@@ -117,22 +117,18 @@ def _select(self:Sparsifier, todo, sample, regrow):
         act = input_scale(self.model, modules, as_inputs(sample, self.model))
     with torch.no_grad():
         asked = [(self._scores(groups, act, regrow), k, _masks(groups, regrow)) for groups,k in todo if k]
-        try: found = iter(self._fast(asked))
+        try: found = iter(select_groups(asked, allow_inf=self._final < 1 or bool(self.own), context=self._compared()))
         except BadScores as e: raise self._explain([gs for gs,k in todo if k], e) from None
     return [next(found) if k else _nothing(groups) for groups,k in todo]
+
+@patch
+def _compared(self:Sparsifier): return self._share if one_threshold(self._share) else unscaled
 
 def _masks(groups, regrow): return [None if regrow else g.mask for g in groups]
 
 def _nothing(groups):
     kept = [torch.ones(g.n, dtype=torch.bool, device=g.weight.device) for g in groups]
     return Selected(kept, [0]*len(groups), [])
-
-@patch
-def _fast(self:Sparsifier, asked):
-    "The context's own way to select, if it has one; a pattern's infinite scores are no mistake"
-    own = getattr(self._share, 'select', None)
-    if own is not None: return [own(scores, k, masks) for scores,k,masks in asked]
-    return select_groups(asked, allow_inf=self._final < 1 or bool(self.own))
 
 @patch
 def _explain(self:Sparsifier, todo, e):
@@ -143,20 +139,14 @@ def _explain(self:Sparsifier, todo, e):
 # %% ../nbs/09_sparsifier.ipynb #f5747fbd
 @patch
 def _scores(self:Sparsifier, groups, act, regrow):
-    "Scores of groups that compete, comparable with each other"
+    "The scores of groups"
     def inputs(layer): return self._inputs(layer, act)
     own = {o.name: o.mask for o in self.own}
     res = []
     for g,mask in zip(groups, _masks(groups, regrow)):
         here = {l.name: own[l.name] for l in g.layers if l.name in own}
         res.append(group_scores(g, self.criteria, inputs, mask, here))
-    plain = not one_threshold(self._share) or self._share is unscaled or hasattr(self._share, 'select')
-    return res if plain else [_rescaled(self._share, s, m) for s,m in zip(res, _masks(groups, regrow))]
-
-def _rescaled(context, scores, mask):
-    "What a context makes of the scores of one layer; what is pruned already counts as 0"
-    s = scores if isinstance(scores, torch.Tensor) else torch.from_numpy(scores[:])
-    return context(s if mask is None else torch.where(mask, s, 0.))
+    return res
 
 @patch
 def _inputs(self:Sparsifier, layer, act):

@@ -52,6 +52,7 @@ def _shapes(model):
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {n: tuple(t.shape) for n,t in named}
 
+# %% ../nbs/14_surgery.ipynb #62046aa9
 def _cut(model, left):
     "A copy of `model` of which `left` is left"
     small,shapes = copied(model),_shapes(model)
@@ -67,6 +68,7 @@ def _cut(model, left):
 # %% ../nbs/14_surgery.ipynb #7c00f4c6
 def _noise_like(inputs): return tuple(torch.randn_like(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
+# %% ../nbs/14_surgery.ipynb #e35c98b7
 def _flat(outputs):
     "All tensors in whatever a network returns"
     if isinstance(outputs, Tensor): return [outputs]
@@ -75,6 +77,7 @@ def _flat(outputs):
     if not isinstance(outputs, (tuple, list)): return []
     return [t for o in outputs for t in _flat(o)]
 
+# %% ../nbs/14_surgery.ipynb #d177bac3
 def _outputs(model, inputs):
     with untouched(model), torch.no_grad(): return _flat(model(*inputs))
 
@@ -136,6 +139,7 @@ def _reasons(graph, refused):
             elif why: res[name] = why
     return res
 
+# %% ../nbs/14_surgery.ipynb #b135fdfc
 def _tell_left_in(small, round_to, reasons):
     "A line about zero filters that were left in"
     left = [f'{text}: {reasons[n]}' if n in reasons else text for n,text in _zero_filters(small, round_to).items()]
@@ -163,7 +167,8 @@ def cut_channels(
         "no filter of this model is zero, so there is nothing to cut: "
         "prune whole filters first, with granularity 'filter' and coupled=True")
     found = _cut_what_can_be(model, graph, plan, sample)
-    if found is None: raise ValueError("a copy of the model gives other outputs than the model, so cutting cannot be checked; nothing was changed")
+    if found is None: raise ValueError(
+        "a copy of the model gives other outputs than the model, so cutting cannot be checked; nothing was changed")
     small,left,done = found
     if plan and not done: raise ValueError(
         f"without the zero channels of {shortened([graph.names[m] for m in plan])} the network gives other outputs, "

@@ -11,7 +11,7 @@ at_construction = [
     (dict(sparsity='abc'), r"a number in \[0, 1\)"), (dict(sparsity=True), r"a number in \[0, 1\)"), (dict(sparsity=None), r"a number in \[0, 1\)"), (dict(sparsity={}), "empty dict"),
     (dict(sparsity={'0': 2}), r"a number in \[0, 1\)"),
     (dict(granularity='block'), "known are weight"), (dict(granularity=3), "known are weight"), (dict(granularity='5:4'), "0 < n < m"), (dict(granularity='2:4'), "a sparsity of 0.5"),
-    (dict(context='each'), "local, erk, global, lamp"), (dict(context=None), "local, erk, global, lamp"),
+    (dict(context='each'), "local, erk, global, lamp"), (dict(context=3), "local, erk, global, lamp"),
     (dict(criteria='magnitude'), "a criterion is a function"), (dict(criteria=lambda x, y: x), "wants x, y"), (dict(criteria=lambda: 1), "wants nothing"), (dict(criteria=nn.ReLU), "a criterion is a function"),
     (dict(schedule='cos'), "a schedule is a function"), (dict(schedule=lambda pos: pos), r"cannot be called as \(start, end, pos\)"), (dict(schedule=lambda s, e, p: 'x'), "a sparsity is a number"),
     (dict(schedule=lambda s, e, p: 2*p), "a sparsity is a number"), (dict(schedule=sched_dsd), "regrow=True"),

@@ -5,7 +5,7 @@ from torch import nn
 from fastai.callback.schedule import sched_cos, sched_lin
 from fasterprune.all import *
 from fasterprune.contexts import lamp
-from fasterprune.selection import select_in_slices, select_on_device
+from fasterprune.selection import select, select_on_device
 from conftest import conv_net, fit
 
 schedules = dict(oneshot=sched_oneshot, oneshot40=sched_between(sched_oneshot, .4), iterative=sched_iterative, agp=sched_agp, onecycle=sched_onecycle,
@@ -46,7 +46,7 @@ def test_every_criterion(learner, criteria, context):
 @pytest.mark.parametrize('name', granularities(nn.Conv2d))
 def test_every_granularity_of_conv2d(learner, name):
     learn = learner()
-    fit(learn, cbs=SparsifyCallback(.6, name))
+    fit(learn, cbs=SparsifyCallback(.6, name, 'local'))
     for n,d in blocks(learn, name): assert d == min(round(.6*n), n-1)
 
 @pytest.mark.parametrize('cls,x', [(nn.Conv1d, (2, 4, 9)), (nn.Conv3d, (2, 4, 5, 5, 5)), (nn.ConvTranspose1d, (2, 4, 9)), (nn.ConvTranspose2d, (2, 4, 5, 5)), (nn.ConvTranspose3d, (2, 4, 5, 5, 5)), (nn.Linear, (2, 4))])
@@ -76,7 +76,7 @@ def test_dense_sparse_dense_grows_back(learner):
 
 def test_an_expensive_but_plain_schedule_that_never_reaches_its_end(learner):
     learn = learner()
-    fit(learn, cbs=SparsifyCallback(.8, schedule=lambda start, end, pos: start + (end-start)*pos/2))
+    fit(learn, cbs=SparsifyCallback(.8, context='local', schedule=lambda start, end, pos: start + (end-start)*pos/2))
     for n,d in blocks(learn, 'weight'): assert d == round(.4*n)
 
 def test_one_weight_and_tiny_layers():
@@ -97,14 +97,14 @@ def test_a_shared_module_counts_once():
 @pytest.mark.parametrize('context', ['local', 'erk', 'global', 'lamp'])
 def test_the_way_of_a_gpu_selects_the_same(context, granularity, monkeypatch):
     "Run on the CPU; tests/test_cuda.py does it on a GPU."
-    def masks(select):
+    def masks(way):
         torch.manual_seed(0)
         model = conv_net(16)
         def dense(scores): return [s if isinstance(s, torch.Tensor) else torch.from_numpy(s[:]) for s in scores]
-        monkeypatch.setattr('fasterprune.sparsifier.select_groups', lambda groups, allow_inf: [select(dense(s), k, m, allow_inf) for s,k,m in groups])
+        monkeypatch.setattr('fasterprune.sparsifier.select_groups', lambda groups, allow_inf, context: [way(dense(s), k, m, allow_inf, context) for s,k,m in groups])
         sp = Sparsifier(model, granularity, context, sample=torch.randn(2, 4, 6, 6))
         for s in (.1, .4, .8, .97): sp.sparsify(s)
         return [g.mask for g in sp.groups], [g.n_pruned for g in sp.groups], [int((~g.mask).sum()) for g in sp.groups]
-    (a, dead, counted), (b, dead_b, counted_b) = masks(select_in_slices), masks(select_on_device)
+    (a, dead, counted), (b, dead_b, counted_b) = masks(select), masks(select_on_device)
     assert dead == counted == dead_b == counted_b
     assert all(torch.equal(x, y) for x,y in zip(a, b))

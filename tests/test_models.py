@@ -104,9 +104,9 @@ def test_compiled(learner):
 @pytest.mark.model
 def test_a_layer_replaced_between_two_fits(learner):
     learn = learner()
-    fit(learn, cbs=SparsifyCallback(.8))
+    fit(learn, cbs=SparsifyCallback(.8, context='local'))
     learn.model[3] = nn.Conv2d(8, 16, 3, stride=2); learn.create_opt()
-    fit(learn, cbs=SparsifyCallback(.8))
+    fit(learn, cbs=SparsifyCallback(.8, context='local'))
     for r in measured_sparsity(learn.model).rows: assert r[3] == round(.8*r[2])
 
 @pytest.mark.model

@@ -91,7 +91,8 @@ class Claims:
         if fcntl is None: return True
         if self.fd is None: self.fd = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
         try: fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(key, 16))
-        except OSError: return False
+        except (BlockingIOError, PermissionError): return False
+        except OSError: return True # a disk without locks
         if self._is_current(): return True
         self.close() # another process has just removed this file
         return self.take(key)

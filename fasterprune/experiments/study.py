@@ -8,14 +8,14 @@ import inspect, os, time
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable
 import numpy as np, torch
 from fastai.torch_core import default_device, num_distrib, rank_distrib
 from ..tables import Table
 from .data import find_images, load_data
-from .keys import described, versions
+from .keys import versions
 from .models import model_channels
 from .pictures import plot_accuracy, plot_curves, plot_params
 from .plan import (check_budget, check_process, check_pruning, chosen, grid, recipe_settings, rehearse_all,
@@ -82,8 +82,9 @@ def _row(key, s, images, measured):
 # %% ../../nbs/experiments/10_study.ipynb #26aababa
 def _source(f):
     "The text of a function, for the reader of a row"
-    try: return inspect.getsource(f)
-    except (OSError, TypeError): return repr(described(f))[:200] if not hasattr(f, 'func') else _source(f.func)
+    while isinstance(f, partial): f = f.func
+    try: return inspect.getsource(f if inspect.isroutine(f) else type(f))
+    except (OSError, TypeError): return ''
 
 # %% ../../nbs/experiments/10_study.ipynb #37305f2a
 loggers = ('csv', 'tensorboard', 'wandb')
@@ -164,7 +165,9 @@ def _name(s): return f"seed {s.seed} {label_of(s.schedule)}" + ('' if s.schedule
 # %% ../../nbs/experiments/10_study.ipynb #b93e69d3
 class _Trainings:
     "The trainings of a comparison, those that are done and those that are not."
-    def __init__(self, todo, results, images, say): self.todo,self.results,self.images,self.say,self.spent = todo,results,images,say,[]
+    def __init__(self, todo, results, images, say):
+        self.todo,self.results,self.images,self.say = todo,results,images,say
+        self.spent,self.told = [],False
     def done(self): return {r['key']: r for r in self.results.rows() if r['key'] in self.todo}
 
     def free(self, claims, how):
@@ -183,6 +186,13 @@ class _Trainings:
         self.say(f"[{list(self.todo).index(key)+1}/{len(self.todo)}] {_name(self.todo[key])}: accuracy {100*measured['accuracy']:.2f} %, "
                  f"sparsity {100*measured['measured']:.2f} %, {measured['seconds']:.1f} s, about {left/60:.1f} min left")
 
+    def wait(self):
+        "Another command is at what is left"
+        left = len(self.todo)-len(self.done())
+        if left and not self.told: self.say(f'waiting for another command that trains {left} of them')
+        self.told = left > 0
+        if left: time.sleep(1)
+
     def run(self, workers, dask, claims, **rest):
         from joblib import Parallel
         with _pool(workers, dask) as n, claims:
@@ -193,7 +203,7 @@ class _Trainings:
                     self.add(key, measured, n)
                     claims.release(key)
                 if num_distrib() > 1: return # the ranks go through the same trainings, once
-                if len(self.done()) < len(self.todo): time.sleep(1) # another command is at them
+                self.wait()
 
 # %% ../../nbs/experiments/10_study.ipynb #9e9d4bf0
 def _images_of(s, found, data_is):

@@ -14,6 +14,7 @@ __all__ = ['varied', 'row_label', 'by_label', 'levels', 'Summary', 'summarize', 
 
 # %% ../../nbs/experiments/07_summary.ipynb #4b06438d
 _training_settings = [f.name for f in fields(Settings) if f.name not in pruning_settings and f.name not in ('path', 'seed')]
+_default = Settings().schedule
 _shown = [f.name for f in fields(Settings) if f.name not in ('path', 'seed', 'schedule', 'sparsity')]
 
 def varied(
@@ -131,11 +132,11 @@ class Paired(Table):
     left = (1, 5)
     def __init__(self,
         rows:list, # Rows of `Results`
-        reference:str|None=None, # Label of the contestant that is compared; if None, 'onecycle', else the first in the rows
+        reference:str|None=None, # Label of the contestant that is compared; if None, this package's default, 'onecycle' or the first
     ):
         self.rows,self.groups = rows,{s: by_label(rows, s) for s in levels(rows)}
         labels = list(_grouped([r for r in rows if r['schedule'] != 'dense'], varied(rows)))
-        if reference is None: reference = 'onecycle' if 'onecycle' in labels or not labels else labels[0]
+        if reference is None: reference = next((l for l in (_default, 'onecycle', *labels) if l in labels), '')
         elif reference not in labels: raise ValueError(f"reference got {reference!r}; it is one of {', '.join(labels)}")
         self.reference = reference
 
