@@ -63,11 +63,12 @@ def lamp(
     scores:Tensor, # Scores ≥ 0 of one layer, 1-d
 ) -> Tensor: # Normalised scores in [0, 1], same shape, float64
     "LAMP: `s² / Σ{s_v² : s_v ≥ s}` (Lee et al. 2021, arXiv 2010.07611)."
-    s,order = scores.clamp(max=torch.finfo(scores.dtype).max).double().sort(stable=True)
+    s,order = torch.where(scores < torch.inf, scores, 0).double().sort(stable=True)
     unit = torch.frexp(s[-1:]).exponent.clamp(-1000, 1000)
     sq = (s * 2.**-unit.double()).square() # measured in a power of two near the largest, squares neither overflow nor change
     tail = sq.flip(0).cumsum(0).flip(0)
-    return torch.empty_like(sq).index_copy_(0, order, torch.where(tail > 0, sq/tail, 0.))
+    res = torch.empty_like(sq).index_copy_(0, order, torch.where(tail > 0, sq/tail, 0.))
+    return torch.where(scores == torch.inf, torch.inf, res) # what has to stay counts for nothing else
 
 # %% ../nbs/03_contexts.ipynb #1037cf2d
 def _lamp_by_tail(score, tail): return score*score/tail

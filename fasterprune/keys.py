@@ -14,10 +14,9 @@ from .selected import BadScores, Selected, is_bad
 __all__ = ['Started', 'start_on_device', 'answers', 'finish']
 
 # %% ../nbs/04b_keys.ipynb #1a209855
-def _as_keys(scores, masks, finite=False):
+def _as_keys(scores, masks):
     "The scores in one row of whole numbers in the same order, -1 for what is pruned, and the part of it that belongs to each array"
     row = torch.cat(scores).add_(0.) # -0.0 becomes 0.0
-    if finite: row.clamp_(max=torch.finfo(row.dtype).max)
     keys = row.view(torch.int32 if row.dtype == torch.float32 else torch.int64)
     parts = keys.split([len(s) for s in scores])
     for part,m in zip(parts, masks):
@@ -75,6 +74,10 @@ def _unit(key, dtype):
     bits = (top - exponent.clamp(0, top-1)) << shift
     return bits.view(torch.float32 if key.dtype == torch.int32 else torch.float64).to(dtype)
 
+def _finite(keys):
+    "Without the keys of infinite scores, and larger ones: these stay, and are no part of any tail"
+    return torch.where(keys < (0x7f800000 if keys.dtype == torch.int32 else 0x7ff0000000000000), keys, 0)
+
 def _wide(device): return torch.float32 if device.type == 'mps' else torch.float64
 
 # %% ../nbs/04b_keys.ipynb #df7dbd0a
@@ -85,7 +88,7 @@ class _Rows:
         self.counts = [-(-n//_width) for n in self.sizes]
         top = torch.iinfo(parts[0].dtype).max
         arrays = [p.sort().values for p in parts]
-        self.units = [_unit(a[-1:], wide) for a in arrays]
+        self.units = [_unit(_finite(a).amax(0, keepdim=True), wide) for a in arrays]
         rows = [torch.cat([a, a.new_full((c*_width-len(a),), top)]).view(c, _width) for a,c in zip(arrays, self.counts)]
         sums = [self._squares(r, u).sum(1) for r,u in zip(rows, self.units)]
         tails = _from_the_end(pad_sequence(sums, batch_first=True))
@@ -96,14 +99,13 @@ class _Rows:
         self.unit = torch.cat([u.expand(c) for u,c in zip(self.units, self.counts)])
 
     def _squares(self, keys, unit):
-        scores = _as_scores(torch.where(keys == torch.iinfo(keys.dtype).max, 0, keys)).to(self.wide)
-        return (scores*unit).square()
+        return (_as_scores(_finite(keys)).to(self.wide)*unit).square()
 
 # %% ../nbs/04b_keys.ipynb #f6aa40b7
 def _compared(rows, keys, tails, unit, by_tail):
     "What is compared: -1 for what is pruned"
-    scores = _as_scores(keys).to(rows.wide) * unit
-    return torch.where(keys < 0, -1., by_tail(scores, tails.clamp(min=torch.finfo(rows.wide).tiny)))
+    limits,scores = torch.finfo(rows.wide),_as_scores(keys).to(rows.wide) * unit
+    return torch.where(keys < 0, -1., by_tail(scores, tails.clamp(min=limits.tiny)).clamp(max=limits.max))
 
 def _likely(rows, k, by_tail):
     "The rows that the threshold can be in; and how many rows of each array come before the first of these"
@@ -153,19 +155,19 @@ def _gone_of(part, in_order, n):
     "Which of an array are its `n` smallest"
     t = torch.where(n > 0, in_order.gather(0, (n-1).clamp(min=0)), -2)
     quota = n - (in_order < t).sum()
-    zeros = in_order[-1:] == 0
+    best = in_order[-1:]
+    alike = (t == best) & (_finite(best) == 0)
     tied = part == t
-    rank = tied.cumsum(0, dtype=torch.int32) - zeros.int()
-    return (part < t) | (part < 0) | tied & (rank <= quota) & ~(zeros & (t == 0) & (rank == 0))
+    rank = tied.cumsum(0, dtype=torch.int32) - alike.int()
+    return (part < t) | (part < 0) | tied & (rank <= quota) & ~(alike & (rank == 0))
 
-def _gone_by_tail(parts, k, by_tail, wide, several):
-    "As `_gone_as_they_are`, by what a score with its tail compares to"
+def _gone_by_tail(parts, k, by_tail, wide):
+    "As `_gone_as_they_are` for several arrays, by what a score with its tail compares to"
     rows = _Rows(parts, wide)
-    n,t = _n_gone(rows, k if several else min(k, rows.sizes[0]-1), by_tail)
+    n,t = _n_gone(rows, k, by_tail)
     in_order = [r.flatten()[:s] for r,s in zip(rows.keys.split(rows.counts), rows.sizes)]
-    best = [_as_scores(a[-1:]).to(wide)*u for a,u in zip(in_order, rows.units)]
-    tiny = torch.finfo(wide).tiny
-    rescued = [(a[-1:] >= 0) & (by_tail(b, (b*b).clamp(min=tiny)) < t) & several for a,b in zip(in_order, best)]
+    best = [_compared(rows, a[-1:], rows._squares(a[-1:], u), u, by_tail) for a,u in zip(in_order, rows.units)]
+    rescued = [(b >= 0) & (b < t) for b in best]
     return [_gone_of(p, a, n[i:i+1]) for i,(p,a) in enumerate(zip(parts, in_order))], rescued
 
 # %% ../nbs/04b_keys.ipynb #f117f1ab
@@ -189,8 +191,8 @@ def start_on_device(
     "Begin to select: the host waits for nothing."
     wide = torch.float64 if any(s.dtype == torch.float64 for s in scores) else torch.float32
     scores = [s.detach().to(wide) for s in scores]
-    keys,parts = _as_keys(scores, [None]*len(scores) if masks is None else masks, by_tail is not None)
-    if by_tail is None: gone,rescued = _gone_as_they_are(keys, parts, k)
+    keys,parts = _as_keys(scores, [None]*len(scores) if masks is None else masks)
+    if by_tail is None or len(parts) == 1: gone,rescued = _gone_as_they_are(keys, parts, k)
     else: gone,rescued = _by_tail(parts, k, by_tail)
     rows = torch.stack([_row(g, r, s, keys.dtype) for g,r,s in zip(gone, rescued, scores)])
     return Started([~g for g in gone], rows, np.dtype(f'i{keys.itemsize}'))
@@ -198,7 +200,7 @@ def start_on_device(
 def _by_tail(parts, k, by_tail):
     "Arrays without elements take no part"
     full = [i for i,p in enumerate(parts) if len(p)]
-    gone,rescued = _gone_by_tail([parts[i] for i in full], k, by_tail, _wide(parts[0].device), len(parts) > 1) if full else ((), ())
+    gone,rescued = _gone_by_tail([parts[i] for i in full], k, by_tail, _wide(parts[0].device)) if full else ((), ())
     gone,rescued = dict(zip(full, gone)),dict(zip(full, rescued))
     nothing = torch.zeros(0, dtype=torch.bool, device=parts[0].device)
     return [gone.get(i, nothing) for i in range(len(parts))], [rescued.get(i, nothing) for i in range(len(parts))]

@@ -32,7 +32,6 @@ class _Candidates:
         "A part of array `i`, and which of it are free, or None for all"
         x = self.scores[i][part]
         check_scores(x, i, self.allow_inf)
-        if self.allow_inf and self.by_tail: x = np.minimum(x, np.finfo(x.dtype).max)
         if self.units[i] != 1: x = x*self.units[i]
         return x, (None if self.free[i] is None else self.free[i][part])
 
@@ -46,10 +45,15 @@ def _unit(slices):
     largest = 0.
     for _,x,free in slices:
         if x.dtype != np.float64: return 1.
-        largest = max(largest, float((x if free is None else x*free).max()))
+        finite = x < np.inf if free is None else free & (x < np.inf)
+        largest = max(largest, float(x.max(where=finite, initial=0.)))
     return math.ldexp(1., -max(-1000, min(1000, math.frexp(largest)[1])))
 
 # %% ../nbs/04a_slices.ipynb #35ef98ac
+def _squares(values):
+    "In double precision; 0 for what is infinite: it stays, and is no part of any tail"
+    return np.square(np.where(values < np.inf, values, 0), dtype=np.float64)
+
 def _tails(squares, above=0.):
     "The sum of each of `squares` and all behind it, and of `above`; never 0"
     tails = squares[::-1].copy()
@@ -59,8 +63,7 @@ def _tails(squares, above=0.):
 def _comparable(values, by_tail, above=0.):
     "What is compared of `values`, which are in ascending order; `above` is the sum of the squares of all larger ones"
     if by_tail is None: return values
-    values = values.astype(np.float64)
-    return by_tail(values, _tails(values*values, above))
+    return by_tail(values.astype(np.float64), _tails(_squares(values), above))
 
 # %% ../nbs/04a_slices.ipynb #82a62010
 def _step(n):
@@ -78,8 +81,8 @@ class _Sample:
         self.weight = self.n_free / max(1, self.n)
         self.comparable,self.error = self.values,0.
         if c.by_tail is None: return
-        squares = np.square(self.values, dtype=np.float64)
-        self.comparable = c.by_tail(np.sqrt(squares), self.weight*_tails(squares))
+        squares = _squares(self.values)
+        self.comparable = c.by_tail(self.values.astype(np.float64), self.weight*_tails(squares))
         if self.weight > 1: self.error = _tail_error(squares)
 
 def _tail_error(squares):
@@ -133,6 +136,7 @@ def _split_sparse(c, x, free, keep, lo, hi):
 def _square_sum(c, x, above):
     "The sum of the squares of `x` where `above`, in double precision"
     y32,y64 = c.work[1][:len(x)],c.work[2][:len(x)]
+    if c.allow_inf: x = np.where(x < np.inf, x, 0)
     if x.dtype == np.float64: np.multiply(x, above, out=y64)
     else: np.copyto(y64, np.multiply(x, above, out=y32)) # faster than to multiply in double precision
     return float(np.dot(y64, y64))
@@ -160,7 +164,7 @@ class _Reading:
     def _bounds(self, by_tail):
         "What is compared of everything below is at most the first, of everything above more than the second"
         lo,hi = (np.array([b]) for b in self.bracket)
-        inside = np.square(self.sorted, dtype=np.float64).sum()
+        inside = _squares(self.sorted).sum()
         return (float(_comparable(lo, by_tail, self.above+inside)[0]) if self.n_below else -np.inf,
                 float(_comparable(hi, by_tail, self.above)[0]) if self.n_above else np.inf)
 

@@ -6,7 +6,7 @@ from fasterprune import keys
 from fasterprune.contexts import lamp, unscaled
 from fasterprune.selection import BadScores, select, select_groups, select_on_device, select_sorted
 
-bounded = settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+bounded = settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
 draws = dict(
     normal=lambda rng, n: np.abs(rng.standard_normal(n)), ties=lambda rng, n: rng.integers(0, 3, n)*1., equal=lambda rng, n: np.ones(n),
     zeros=lambda rng, n: np.where(rng.random(n) < .9, 0., rng.random(n)), negative_zeros=lambda rng, n: rng.choice([0., -0., 1.], n),
@@ -90,13 +90,13 @@ def test_infinite_scores_end(way):
     got = way(scores, 12, allow_inf=True)
     assert got.n_pruned == [7, 5] and got.rescued == [0]
 
-def relative(scores): return scores / scores.amax().clamp(min=1e-30) if len(scores) else scores
+def relative(scores): return scores / scores.where(scores < torch.inf, 0).amax().clamp(min=1e-30)
 
 @bounded
 @given(problems(30_000), st.booleans(), st.sampled_from([lamp, relative]))
 def test_the_three_ways_agree_on_contexts(problem, lazy, context):
     scores,masks,q = problem
-    if context is relative or scores[0].dtype == torch.float64: scores = [s.clamp(max=1e30) for s in scores] # squares must not vanish
+    if context is relative or scores[0].dtype == torch.float64: scores = [torch.where(s < torch.inf, s.clamp(max=1e30), s) for s in scores] # squares must not vanish
     n,pruned = sum(map(len, scores)),sum(int((~m).sum()) for m in masks or [] if m is not None)
     k = pruned + round(q*(n-pruned))
     oracle = select_sorted(scores, k, masks, True, context)
@@ -112,7 +112,7 @@ def test_the_three_ways_agree_on_contexts(problem, lazy, context):
 def test_single_precision_keeps_the_count_and_a_millionth(problem):
     "Where a device has no float64: what changes places compares equal but for rounding errors"
     scores,masks,q = problem
-    scores = [s.float().clamp(max=1e30) for s in scores]
+    scores = [torch.where(s < torch.inf, s.clamp(max=1e30), 0).float() for s in scores]
     n,pruned = sum(map(len, scores)),sum(int((~m).sum()) for m in masks or [] if m is not None)
     k = pruned + round(q*(n-pruned))
     wide,keys._wide = keys._wide,lambda device: torch.float32
