@@ -8,7 +8,9 @@ import numpy as np, torch
 import torch.nn.functional as F
 from fastcore.script import call_parse
 from fastai.vision.augment import aug_transforms
-from fasterprune.experiments import make_model, tensor_dls, versions
+from fasterprune.experiments.batches import tensor_dls
+from fasterprune.experiments.keys import versions
+from fasterprune.experiments.models import make_model
 
 def seconds(f, device):
     if device.type == 'cuda': torch.cuda.synchronize(device)

@@ -14,12 +14,17 @@ warnings.filterwarnings('ignore')
 import numpy as np, torch, torch.nn.functional as F
 from fastai.basics import CrossEntropyLossFlat, Learner, accuracy, params, set_seed
 from fastai.callback.schedule import sched_cos
-from fasterprune import experiments as ex
+from fasterprune.experiments.batches import tensor_dls
+from fasterprune.experiments.data import load_data
+from fasterprune.experiments.keys import run_key, versions
+from fasterprune.experiments.models import small_resnet
+from fasterprune.experiments.results import Results
 from fasterprune.callback import KeepSparsity, SparsifyCallback
-from fasterprune.schedules import delayed, sched_agp, sched_onecycle, sched_oneshot
-from fasterprune.sparsifier import Sparsifier, measured_sparsity
+from fasterprune.schedules import sched_between, sched_agp, sched_onecycle, sched_oneshot
+from fasterprune.sparsifier import Sparsifier
+from fasterprune.sparsity import measured_sparsity
 
-schedules = dict(oneshot=delayed(sched_oneshot, .4), agp=delayed(sched_agp, .2), cosine70=delayed(sched_cos, 0, .7), onecycle=sched_onecycle)
+schedules = dict(oneshot=sched_between(sched_oneshot, .4), agp=sched_between(sched_agp, .2), cosine70=sched_between(sched_cos, 0, .7), onecycle=sched_onecycle)
 sizes = dict(digits=dict(images=1347, pixels=8, epochs=12, small=337), cifar10=dict(images=3000, pixels=16, epochs=6, small=750)) # small: images of a new task, for a pretrained network
 
 def base(data): return dict(data=data, images=sizes[data]['images'], pixels=sizes[data]['pixels'], epochs=sizes[data]['epochs'], lr=1e-2, schedule='onecycle', alpha=14., beta=5.,
@@ -46,7 +51,7 @@ def studies(data):
 class Data:
     "The data of one experiment: all classes, or the first half (to pretrain) and the second half (the new task)"
     def __init__(self, data, path, device):
-        d = ex.load_data(data, path, bs=64, device=device)
+        d = load_data(data, path, bs=64, device=device)
         self.train,self.valid,self.device = (d.train.x, d.train.y),(d.valid.x, d.valid.y),device
         if data != 'digits': self.train,self.valid = (self.shrink(xy, sizes[data]['pixels']) for xy in (self.train, self.part(self.valid, 1000)))
         self.kw,self.made = dict(pad=self.train[0].shape[-1]//8, flip=d.train.flip),{}
@@ -57,13 +62,13 @@ class Data:
         "DataLoaders with `n` training images; `second`: of the second half of the classes, or of the first"
         if (n, second) not in self.made:
             t,v = (self.train, self.valid) if second is None else (self.half(self.train, second), self.half(self.valid, second))
-            self.made[n, second] = ex.tensor_dls(self.part(t, n), v, bs=64 if second is None else 32, device=self.device, **self.kw)
+            self.made[n, second] = tensor_dls(self.part(t, n), v, bs=64 if second is None else 32, device=self.device, **self.kw)
         return self.made[n, second]
 
 def learner(dls, seed):
     set_seed(seed, reproducible=True)
     for dl in dls.loaders: dl.rng.seed(seed)
-    return Learner(dls, ex.small_resnet(dls.train.x.shape[1], dls.c), loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=lambda m: [params(m[:-1]), params(m[-1:])])
+    return Learner(dls, small_resnet(dls.train.x.shape[1], dls.c), loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=lambda m: [params(m[:-1]), params(m[-1:])])
 
 bodies = {}
 def body(data, c, seed):
@@ -85,7 +90,7 @@ def train(data, c, seed):
     n,lr,exclude,pruned = c['epochs'],c['lr'],[x for x in c['exclude'].split(',') if x],c['schedule'] != 'dense'
     schedule = partial(sched_onecycle, alpha=c['alpha'], beta=c['beta']) if c['schedule'] == 'onecycle' else schedules.get(c['schedule'])
     s = sparsity_elsewhere(learn.model, c['sparsity'], exclude)
-    prune = lambda: SparsifyCallback(s, context=c['context'], schedule=schedule, exclude=exclude, resolution=.01) if pruned else None
+    prune = lambda: SparsifyCallback(s, context=c['context'], schedule=schedule, exclude=exclude, min_change=.01) if pruned else None
     start = time.perf_counter()
     with learn.no_bar(), learn.no_logging():
         if c['how'] in ('scratch', 'fit'): learn.fit_one_cycle(n, lr, cbs=prune())
@@ -104,13 +109,13 @@ def main():
     p.add_argument('--data', default='digits', choices=list(sizes)); p.add_argument('--path'); p.add_argument('--out', default='benchmarks/results/settings')
     p.add_argument('--seeds', type=int, default=5); p.add_argument('--first', type=int, default=0); p.add_argument('--device', default='cpu')
     args = p.parse_args()
-    results,data = ex.Results(Path(args.out)),Data(args.data, args.path, args.device)
+    results,data = Results(Path(args.out)),Data(args.data, args.path, args.device)
     todo = [(seed, name, c) for seed in range(args.first, args.seeds) for name,cs in studies(args.data).items() for c in cs]
     for i,(seed,name,c) in enumerate(todo):
-        key = ex.run_key(c | dict(seed=seed))
+        key = run_key(c | dict(seed=seed))
         if key in {r['key'] for r in results.rows()}: continue
         r = train(data, c, seed)
-        results.add(dict(key=key, **c, seed=seed, **r, versions=ex.versions(), threads=torch.get_num_threads(), date=str(date.today())))
+        results.add(dict(key=key, **c, seed=seed, **r, versions=versions(), threads=torch.get_num_threads(), date=str(date.today())))
         print(f"[{i+1}/{len(todo)}] {name} {({k: v for k,v in c.items() if v != base(args.data)[k]})} seed {seed}: {100*r['accuracy']:.2f} % at {r['measured']:.4f}, {r['seconds']} s", flush=True)
 
 if __name__ == '__main__': main()

@@ -1,6 +1,6 @@
-"""How small, and how fast? Sizes of files; parameters, FLOPs and latency of networks whose dead filters were cut; exports; accuracy.
+"""How small, and how fast? Sizes of files; parameters, FLOPs and latency of networks whose zero filters were cut; exports; accuracy.
 
-    pip install ".[shrink,onnx]" && pip install fasterai==0.4.1      # the peer is optional
+    pip install ".[onnx]" && pip install fasterai==0.4.1      # the peer is optional
     OMP_NUM_THREADS=1 python benchmarks/small.py sizes               # a pruned ResNet-18 in files of all kinds
     OMP_NUM_THREADS=1 python benchmarks/small.py speed               # saving and loading a ResNet-50
     OMP_NUM_THREADS=1 python benchmarks/small.py latency --arch resnet18
@@ -18,9 +18,10 @@ import numpy as np, torch, torchvision, zstandard
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 import fasterprune
-from fasterprune.shrink import shrink
+from fasterprune.packing import entropy_bound
+from fasterprune.surgery import shrink
 from fasterprune.sparsifier import Sparsifier
-from fasterprune.storage import entropy_bound, load_sparse, save_sparse
+from fasterprune.storage import load_sparse, save_sparse
 
 here = Path(__file__).parent/'results/small'
 both = (nn.Conv2d, nn.Linear)
@@ -99,7 +100,7 @@ def build(arch):
 
 def cut(arch, s, x, round_to=1):
     m = build(arch)
-    Sparsifier(m, 'filter', layers=both, sample=x, tied=True).sparsify(s)
+    Sparsifier(m, 'filter', layers=both, sample=x, coupled=True).sparsify(s)
     return shrink(m, x, round_to)
 
 def peer(arch, s, x):
@@ -147,7 +148,7 @@ def export(args):
     import onnxruntime
     rows,lines,x,folder = [],[],torch.randn(1, 3, 224, 224),Path(tempfile.mkdtemp())
     dense = build('resnet18')
-    sparse = copy.deepcopy(dense); Sparsifier(sparse, 'filter', layers=both, sample=x, tied=True).sparsify(.5)
+    sparse = copy.deepcopy(dense); Sparsifier(sparse, 'filter', layers=both, sample=x, coupled=True).sparsify(.5)
     nets,runs = {'dense': dense, 'sparse': sparse, 'shrunk': shrink(sparse, x)},{}
     opts = onnxruntime.SessionOptions(); opts.intra_op_num_threads = opts.inter_op_num_threads = 1
     for n,m in nets.items():
@@ -178,28 +179,28 @@ def accuracy(args):
     out = here/f"accuracy{'' if args.path else '-digits'}.json"
     rows = json.loads(out.read_text())['rows'] if out.exists() else []
     for seed in range(args.seeds):
-        for s,tied in [(0., False), (.5, True), (.5, False), (.3, True)]:
-            if any((r['sparsity'], r['tied'], r['seed']) == (s, tied, seed) for r in rows): continue
+        for s,coupled in [(0., False), (.5, True), (.5, False), (.3, True)]:
+            if any((r['sparsity'], r['coupled'], r['seed']) == (s, coupled, seed) for r in rows): continue
             set_seed(seed, reproducible=True)
             dls = load_data('cifar10', args.path, bs=128) if args.path else load_data('digits')
             set_seed(seed, reproducible=True)
             net = small_resnet(3 if args.path else 1, 10)
             learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
             with learn.no_bar(), learn.no_logging():
-                learn.fit_one_cycle(args.epochs, 1e-2, cbs=SparsifyCallback(s, 'filter', tied=tied) if s else None)
+                learn.fit_one_cycle(args.epochs, 1e-2, cbs=SparsifyCallback(s, 'filter', coupled=coupled) if s else None)
                 before = learn.validate()
                 params = sum(p.numel() for p in net.parameters())
                 if s: learn.shrink()
                 after = learn.validate()
-            rows.append(dict(sparsity=s, tied=tied, seed=seed, epochs=args.epochs, masked=before[1], shrunk=after[1], loss=[before[0], after[0]], params=params, left=sum(p.numel() for p in learn.model.parameters())))
+            rows.append(dict(sparsity=s, coupled=coupled, seed=seed, epochs=args.epochs, masked=before[1], shrunk=after[1], loss=[before[0], after[0]], params=params, left=sum(p.numel() for p in learn.model.parameters())))
             _accuracy_table(rows, args)
 
 def _accuracy_table(rows, args):
     lines = []
-    for s,tied in dict.fromkeys((r['sparsity'], r['tied']) for r in rows):
-        rs = [r for r in rows if (r['sparsity'], r['tied']) == (s, tied)]
+    for s,coupled in dict.fromkeys((r['sparsity'], r['coupled']) for r in rows):
+        rs = [r for r in rows if (r['sparsity'], r['coupled']) == (s, coupled)]
         ms = lambda k: f"{100*np.mean([r[k] for r in rs]):.2f}" + (f" ± {100*np.std([r[k] for r in rs], ddof=1):.2f}" if len(rs) > 1 else '')
-        lines.append(['dense' if not s else f"{s:.0%} of the filters, {'tied' if tied else 'each layer for itself'}", f"{np.mean([r['left'] for r in rs])/1e3:.1f}", ms('masked'), ms('shrunk'), str(len(rs))])
+        lines.append(['dense' if not s else f"{s:.0%} of the filters, {'coupled' if coupled else 'each layer for itself'}", f"{np.mean([r['left'] for r in rs])/1e3:.1f}", ms('masked'), ms('shrunk'), str(len(rs))])
     write(f"accuracy{'' if args.path else '-digits'}", rows, ['small residual network', 'thousand parameters', 'accuracy before the cut, %', 'after it, %', 'runs'], lines,
         f"{'CIFAR-10' if args.path else 'The digits'}, {args.epochs} epochs, accuracy after the last epoch on the test images, mean ± standard deviation over seeds (`benchmarks/small.py accuracy`)")
 

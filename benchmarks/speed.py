@@ -56,10 +56,10 @@ class AoPrune(Callback):
         for g in self.sp.groups: g['sparsity_level'] = s
         self.sp.step()
 
-def contestants(schedule, resolution, only=None):
+def contestants(schedule, min_change, only=None):
     "From name to the callbacks of a contestant"
-    kw = dict(schedule=schedule) if resolution is None else dict(schedule=schedule, resolution=resolution)
-    res = {'dense': lambda: [], 'fasterprune local': lambda: [SparsifyCallback(.95, context='local', **kw)],
+    kw = dict(schedule=schedule) if min_change is None else dict(schedule=schedule, min_change=min_change)
+    res = {'dense': lambda: [], 'fasterprune lamp': lambda: [SparsifyCallback(.95, context='lamp', **kw)], 'fasterprune local': lambda: [SparsifyCallback(.95, context='local', **kw)],
            'fasterprune global': lambda: [SparsifyCallback(.95, context='global', **kw)]}
     try:
         from fasterai.sparse.sparsify_callback import SparsifyCallback as Peer
@@ -93,11 +93,11 @@ class Driver:
         self.learn.one_batch(i, batch)
         return time.perf_counter()-t
 
-def race(arch, schedule, pcts, resolution, args, only=None, warm=3):
+def race(arch, schedule, pcts, min_change, args, only=None, warm=3):
     "Step all contestants through `pcts`, interleaved; from name to the times of the steps"
     set_seed(0)
     model = getattr(torchvision.models, arch)(num_classes=10)
-    ds = {n: Driver(copy.deepcopy(model), make(), len(pcts), args.device, args.amp) for n,make in contestants(schedule, resolution, only).items()}
+    ds = {n: Driver(copy.deepcopy(model), make(), len(pcts), args.device, args.amp) for n,make in contestants(schedule, min_change, only).items()}
     size = args.size
     batches = [(torch.randn(args.bs, 3, size, size, device=args.device), torch.randint(0, 10, (args.bs,), device=args.device)) for _ in range(4)]
     times,rng = {n: [] for n in ds}, random.Random(0)
@@ -123,7 +123,7 @@ def state_bytes(d):
     extra += sum(m.weight.numel()*m.weight.element_size() for m in convs(model) if hasattr(m, 'weight_orig')) # the masked copy
     for cb in d.learn.cbs:
         if isinstance(sp := getattr(cb, 'sparsifier', None), Sparsifier):
-            extra += sum((l.keep.nbytes if l.keep is not None else 0) + sum(t.nbytes for t in l.state.values()) for l in sp.layers)
+            extra += sum(g.mask.nbytes for g in sp.groups if g.mask is not None) + sum(t.nbytes for l in sp.layers for t in l.state.values())
     return extra/n
 
 failed = {}

@@ -8,9 +8,17 @@ from datetime import datetime, timezone
 import numpy as np
 from fastai.basics import CrossEntropyLossFlat, Learner, accuracy, default_device, set_seed
 from fastcore.script import call_parse
-from fasterprune.experiments import Results, by_label, find_schedule, load_data, make_model, paired, recipes, run_key, versions
-from fasterprune.lottery import find_ticket, restarted, sched_imp, shuffled, train_ticket
-from fasterprune.sparsifier import measured_sparsity
+from fasterprune.experiments.baselines import find_schedule
+from fasterprune.experiments.data import load_data
+from fasterprune.experiments.keys import run_key, versions
+from fasterprune.experiments.models import make_model
+from fasterprune.experiments.pictures import markdown
+from fasterprune.experiments.plan import recipes
+from fasterprune.experiments.results import Results
+from fasterprune.experiments.summary import by_label, paired
+from fasterprune.lottery import find_ticket, restarted, shuffled, train_ticket
+from fasterprune.schedules import sched_imp
+from fasterprune.sparsity import measured_sparsity
 
 finders = dict(imp=sched_imp) | {n: find_schedule(n) for n in ('oneshot', 'agp', 'cosine70', 'onecycle')}
 contestants = ('dense', *finders, 'imp x3', 'onecycle shuffled', 'onecycle restarted')
@@ -78,6 +86,6 @@ def main(
         print(f"seed {row['seed']} {row['schedule']}: found {100*r['accuracy_found']:.2f} %, trained {100*r['accuracy']:.2f} %", flush=True)
     rows = [r for r in results.rows() if r['key'] in todo]
     heading = f"{c['data']}, {c['arch']}, {epochs} epochs a round, lr {c['lr']:g}, rewound to epoch {rewind}, sparsity {sparsity:g}; {rows[0]['device']}, {rows[0]['date']}"
-    text = f'{heading}\n\n{table(rows)}\n\n{paired(rows)}\n'
+    text = f'{heading}\n\n{table(rows)}\n\n{markdown(paired(rows))}\n'
     (Path(out)/f'table_rewind{rewind}.md').write_text(text)
     print(text)

@@ -11,19 +11,30 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['large_final', 'criteria_inputs', 'elementwise', 'magnitude', 'squared', 'small_final', 'large_init', 'small_init',
-           'large_init_large_final', 'small_init_small_final', 'magnitude_increase', 'movement', 'movement_magnitude',
-           'updating_magnitude_increase', 'updating_movement', 'updating_movement_magnitude', 'gradient_magnitude',
-           'taylor', 'wanda', 'random_score', 'check_criteria']
+__all__ = ['large_final', 'criteria_inputs', 'elementwise', 'is_elementwise', 'magnitude', 'squared', 'small_final', 'large_init',
+           'small_init', 'large_init_large_final', 'small_init_small_final', 'magnitude_increase', 'movement',
+           'movement_magnitude', 'updating_magnitude_increase', 'updating_movement', 'updating_movement_magnitude',
+           'gradient_magnitude', 'taylor', 'wanda', 'random_score', 'check_criteria']
 
 # %% ../nbs/01_criteria.ipynb #a21bc5ca
 def elementwise(
     f:Callable, # A criterion in which each score depends on the same element of each tensor alone
 ) -> Callable: # `f`, marked
     "Mark a criterion as elementwise, so that it may be called on slices of the tensors."
-    f.elementwise = True
+    f.elementwise = f # the function itself: `functools.wraps` copies the mark to a wrapper, of which it does not hold
     return f
 
+# %% ../nbs/01_criteria.ipynb #4ee8efd0
+def is_elementwise(
+    f:Callable, # A criterion, `functools.partial` included
+) -> bool: # May it be called on slices of the tensors?
+    "Was `f`, or the function inside a partial, marked by `elementwise`?"
+    while isinstance(f, partial):
+        if any(isinstance(v, Tensor) and v.ndim for v in f.keywords.values()): return False # this tensor would not be sliced
+        f = f.func
+    return getattr(f, 'elementwise', None) is f
+
+# %% ../nbs/01_criteria.ipynb #0e98f48b
 @elementwise
 def magnitude(
     weight:Tensor, # Weights, any shape
@@ -33,6 +44,7 @@ def magnitude(
 
 large_final = magnitude
 
+# %% ../nbs/01_criteria.ipynb #f2fe28f6
 @elementwise
 def squared(
     weight:Tensor, # Weights, any shape
@@ -40,6 +52,7 @@ def squared(
     "`w²`: the same order as `magnitude` for single weights; for blocks of weights, the L2 norm instead of the L1 norm."
     return weight.square()
 
+# %% ../nbs/01_criteria.ipynb #18418390
 @elementwise
 def small_final(
     weight:Tensor, # Weights, any shape
@@ -57,6 +70,7 @@ def large_init(
     "`|w₀|`: keep the weights that began large (Zhou et al. 2019, arXiv 1905.01067)."
     return init.abs()
 
+# %% ../nbs/01_criteria.ipynb #9f15a709
 @elementwise
 def small_init(
     init:Tensor, # Initial weights, any shape
@@ -64,6 +78,7 @@ def small_init(
     "`1/|w₀|`: keep the weights that began small (Zhou et al. 2019)."
     return _inverse(init.abs())
 
+# %% ../nbs/01_criteria.ipynb #68964458
 @elementwise
 def large_init_large_final(
     weight:Tensor, # Weights, any shape
@@ -73,6 +88,7 @@ def large_init_large_final(
     "`min(α|w|, |w₀|)`: keep what began large and stayed so (Zhou et al. 2019)."
     return torch.minimum(alpha*weight.abs(), init.abs())
 
+# %% ../nbs/01_criteria.ipynb #ffc38923
 @elementwise
 def small_init_small_final(
     weight:Tensor, # Weights, any shape
@@ -82,6 +98,7 @@ def small_init_small_final(
     "`1/max(α|w|, |w₀|)`: keep what began small and stayed so (Zhou et al. 2019)."
     return _inverse(torch.maximum(alpha*weight.abs(), init.abs()))
 
+# %% ../nbs/01_criteria.ipynb #c56a05c0
 @elementwise
 def magnitude_increase(
     weight:Tensor, # Weights, any shape
@@ -90,6 +107,7 @@ def magnitude_increase(
     "`softplus(|w| - |w₀|)`: keep the weights that grew (Zhou et al. 2019)."
     return F.softplus(weight.abs() - init.abs())
 
+# %% ../nbs/01_criteria.ipynb #4cdbeeda
 @elementwise
 def movement(
     weight:Tensor, # Weights, any shape
@@ -98,6 +116,7 @@ def movement(
     "`|w - w₀|`: keep the weights that moved far, wherever to (Zhou et al. 2019)."
     return (weight-init).abs()
 
+# %% ../nbs/01_criteria.ipynb #2d8210fa
 @elementwise
 def movement_magnitude(
     weight:Tensor, # Weights, any shape
@@ -115,6 +134,7 @@ def updating_magnitude_increase(
     "`softplus(|w| - |w_prev|)`: keep the weights that have grown since the previous pruning."
     return magnitude_increase(weight, prev)
 
+# %% ../nbs/01_criteria.ipynb #66339643
 @elementwise
 def updating_movement(
     weight:Tensor, # Weights, any shape
@@ -123,6 +143,7 @@ def updating_movement(
     "`|w - w_prev|`: keep the weights that have moved since the previous pruning."
     return movement(weight, prev)
 
+# %% ../nbs/01_criteria.ipynb #a82c4a7b
 @elementwise
 def updating_movement_magnitude(
     weight:Tensor, # Weights, any shape
@@ -139,6 +160,7 @@ def gradient_magnitude(
     "`|g|`: keep the weights that the loss pulls at."
     return grad.abs()
 
+# %% ../nbs/01_criteria.ipynb #cd648d02
 @elementwise
 def taylor(
     weight:Tensor, # Weights, any shape
@@ -165,18 +187,29 @@ def random_score(
     gen = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name}'.encode()))
     return torch.rand(weight.shape, generator=gen).to(weight.device)
 
-# %% ../nbs/01_criteria.ipynb #dc8a992e
+# %% ../nbs/01_criteria.ipynb #163e40ca
 criteria_inputs = ('weight', 'init', 'prev', 'grad', 'act', 'name')
 
+_criteria_help = (f"a criterion is a function whose parameters are among {', '.join(criteria_inputs)}, "
+                  "such as magnitude or lambda weight, grad: (weight*grad).abs()")
+
+def _required(f):
+    "The parameters of `f` that have no value yet, by name"
+    bound = f.keywords if isinstance(f, partial) else ()
+    ps = [p for p in inspect.signature(f).parameters.values() if p.name not in bound]
+    return [p for p in ps if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+
+# %% ../nbs/01_criteria.ipynb #dc8a992e
 def check_criteria(
     f:Callable, # What should be a criterion
 ) -> tuple: # The names of the tensors that it wants, a subset of `criteria_inputs`
     "The inputs that criterion `f` asks for; `TypeError` with what is allowed if it is none."
-    help = f"a criterion is a function whose parameters are among {', '.join(criteria_inputs)}, such as magnitude or lambda weight, grad: (weight*grad).abs()"
-    if not callable(f) or isinstance(f, type): raise TypeError(f"criteria got {f!r}; {help}")
-    bound = set(f.keywords) if isinstance(f, partial) else set()
-    ps = [p for p in inspect.signature(f).parameters.values() if p.name not in bound]
-    wants = [p.name for p in ps if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    bad = [n for n in wants if n not in criteria_inputs]
-    if bad or not wants: raise TypeError(f"criteria {getattr(f, '__name__', f)!r} wants {', '.join(bad) or 'nothing'}; {help}")
-    return tuple(wants)
+    name = getattr(f, '__name__', f)
+    if not callable(f) or isinstance(f, type): raise TypeError(f"criteria got {f!r}; {_criteria_help}")
+    try: wants = _required(f)
+    except (TypeError, ValueError): raise TypeError(
+        f"criteria {name!r} does not tell its parameters, as functions written in C do not: "
+        f"wrap it in a lambda; {_criteria_help}") from None
+    bad = [p.name for p in wants if p.name not in criteria_inputs or p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
+    if bad or not wants: raise TypeError(f"criteria {name!r} wants {', '.join(bad) or 'nothing'}; {_criteria_help}")
+    return tuple(p.name for p in wants)

@@ -4,12 +4,14 @@
 
 # %% ../nbs/02_granularity.ipynb #8aa8317c
 from __future__ import annotations
-import re
+import math, re
 import torch
 from torch import nn, Tensor
+from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['prunable_types', 'weight_view', 'weight_unview', 'granularities', 'nm_pattern', 'check_granularity', 'Granularity']
+__all__ = ['prunable_types', 'weight_view', 'weight_unview', 'granularities', 'nm_pattern', 'check_granularity', 'final_sparsity',
+           'Granularity']
 
 # %% ../nbs/02_granularity.ipynb #bb717c02
 _convs = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -36,16 +38,20 @@ def weight_unview(
     return (view.transpose(1, 2) if isinstance(module, _transposed) else view).flatten(0, 1)
 
 # %% ../nbs/02_granularity.ipynb #4edb1370
-def _with_shared(names): return names | {f'shared_{k}': ('out', *v) for k,v in names.items()}
+def _with_shared(**names): return names | {f'shared_{k}': ('out', *v) for k,v in names.items()}
 
-_names = {
+_1d = _with_shared(weight=(), channel=('in',), kernel=('w',))
+_2d = _with_shared(weight=(), channel=('in',), column=('h',), row=('w',), kernel=('h','w'),
+                   vertical_slice=('in','h'), horizontal_slice=('in','w'))
+_3d = _with_shared(weight=(), channel=('in',), tube=('d',), column=('h',), row=('w',), kernel=('d','h','w'), plane=('h','w'))
+_names = { # by the number of kernel dimensions
     0: dict(weight=(), row=('in',), filter=('in',), column=('out',), shared_weight=('out',)),
-    1: _with_shared(dict(weight=(), channel=('in',), kernel=('w',))) | dict(filter=('in','w')),
-    2: _with_shared(dict(weight=(), channel=('in',), column=('h',), row=('w',), kernel=('h','w'),
-                         vertical_slice=('in','h'), horizontal_slice=('in','w'))) | dict(filter=('in','h','w')),
-    3: _with_shared(dict(weight=(), channel=('in',), tube=('d',), column=('h',), row=('w',), kernel=('d','h','w'), plane=('h','w'))) | dict(filter=('in','d','h','w')),
+    1: _1d | dict(filter=('in','w')),
+    2: _2d | dict(filter=('in','h','w')),
+    3: _3d | dict(filter=('in','d','h','w')),
 }
 
+# %% ../nbs/02_granularity.ipynb #8b538dce
 def _kind(module):
     "Number of kernel dimensions: 0 for Linear"
     return 0 if isinstance(module, nn.Linear) else module.weight.ndim - 2
@@ -54,30 +60,64 @@ def granularities(
     module:nn.Module|type, # A layer or its type, of `prunable_types`
 ) -> dict: # From name to the tuple of pooled dimensions, among 'out', 'in', 'd', 'h', 'w'
     "The granularities that `module` knows by name."
-    if isinstance(module, type):
-        return dict(_names[0] if issubclass(module, nn.Linear) else _names[int(re.search(r'(\d)d', module.__name__)[1])])
-    return dict(_names[_kind(module)])
+    if not isinstance(module, type): return dict(_names[_kind(module)])
+    if issubclass(module, nn.Linear): return dict(_names[0])
+    return dict(_names[int(re.search(r'(\d)d', module.__name__)[1])])
 
-# %% ../nbs/02_granularity.ipynb #5be1c73b
+# %% ../nbs/02_granularity.ipynb #e4d9a05c
+_pattern = re.compile(r'(\d+):(\d+)')
+
 def nm_pattern(
     granularity, # A granularity
 ) -> tuple|None: # (n, m) if it is a pattern such as '2:4', else None
     "The numbers of an n:m pattern; `ValueError` unless 0 < n < m."
-    if not isinstance(granularity, str) or not (m := re.fullmatch(r'(\d+):(\d+)', granularity)): return None
-    n,m = int(m[1]),int(m[2])
+    found = _pattern.fullmatch(granularity) if isinstance(granularity, str) else None
+    if found is None: return None
+    n,m = int(found[1]),int(found[2])
     if not 0 < n < m: raise ValueError(f"granularity {granularity!r}: n:m keeps n of every m weights, with 0 < n < m, such as '2:4'")
     return n,m
 
+# %% ../nbs/02_granularity.ipynb #0950342c
 def check_granularity(
     granularity:str|tuple, # What should be a granularity
 ) -> str|tuple: # `granularity`, unchanged
     "`ValueError` with the known names if `granularity` means nothing for any layer."
     names = list(dict.fromkeys(n for kind in (2, 0, 1, 3) for n in _names[kind]))
     dims = ('out','in','d','h','w')
-    if nm_pattern(granularity) or isinstance(granularity, str) and granularity in names: return granularity
+    if isinstance(granularity, str) and (granularity in names or nm_pattern(granularity)): return granularity
     if isinstance(granularity, (tuple, list)) and set(granularity) < set(dims): return granularity
-    raise ValueError(f"granularity got {granularity!r}; known are {', '.join(names)}, patterns such as '2:4', and tuples of the dimensions {', '.join(dims)}")
+    raise ValueError(f"granularity got {granularity!r}; known are {', '.join(names)}, patterns such as '2:4', "
+                     f"and tuples of the dimensions {', '.join(dims)}")
 
+# %% ../nbs/02_granularity.ipynb #e46a0102
+def final_sparsity(
+    granularity:str|tuple, # A granularity
+) -> float: # 1 - n/m for a pattern n:m, else 1
+    "The sparsity that a pattern ends at; 1 for granularities that may end anywhere."
+    nm = nm_pattern(granularity)
+    return 1. if nm is None else 1 - nm[0]/nm[1]
+
+# %% ../nbs/02_granularity.ipynb #dcd17117
+def _dims(module): return ('group', 'out', 'in', *('d','h','w')[3-_kind(module):]) if _kind(module) else ('group', 'out', 'in')
+
+def _pooled(module, granularity, name):
+    "The dimensions that are pooled into one block; `ValueError` if this layer does not have them"
+    what,dims = f"{type(module).__name__} (layer {name or module})",_dims(module)[1:]
+    if isinstance(granularity, str):
+        known = granularities(module)
+        if granularity in known: return known[granularity]
+        raise ValueError(f"granularity {granularity!r} is unknown for {what}; known are {', '.join(known)}, and patterns such as '2:4'")
+    if set(granularity) < set(dims): return tuple(granularity)
+    raise ValueError(f"granularity {granularity!r} does not fit {what}: give some, but not all, of {dims}")
+
+def _check_lots(view, granularity, m, name):
+    "An n:m pattern needs input channels in lots of m"
+    if view.shape[2] % m == 0: return
+    each = ' in each group' if view.shape[0] > 1 else ''
+    raise ValueError(f"granularity {granularity!r} needs input channels in multiples of {m}; layer {name} has {view.shape[2]}{each}: "
+                     f"leave it out with exclude={[name]}")
+
+# %% ../nbs/02_granularity.ipynb #9974247a
 class Granularity:
     "The blocks in which the weights of `module` live and die together."
     def __init__(self,
@@ -85,51 +125,44 @@ class Granularity:
         granularity:str|tuple='weight', # A name in `granularities(module)`, a pattern such as '2:4', or dimensions such as ('in', 'w')
         name:str='', # The layer's name, for error messages
     ):
-        self.n_keep = self.n_of = None
-        view,kind = weight_view(module),_kind(module)
-        dims = ('group', 'out', 'in', *('d','h','w')[3-kind:]) if kind else ('group', 'out', 'in')
-        check_granularity(granularity)
-        if nm := nm_pattern(granularity):
-            self.n_keep,self.n_of = nm
-            pooled = ()
-            if view.shape[2] % self.n_of: raise ValueError(
-                f"granularity {granularity!r} needs input channels in multiples of {self.n_of}; layer {name or module} has {view.shape[2]}"
-                f"{' in each group' if view.shape[0]>1 else ''}: leave it out with exclude={[name]}")
-        elif isinstance(granularity, str):
-            known = granularities(module)
-            if granularity not in known: raise ValueError(
-                f"granularity {granularity!r} is unknown for {type(module).__name__} (layer {name or module}); known are {', '.join(known)}, and patterns such as '2:4'")
-            pooled = known[granularity]
-        else:
-            pooled = tuple(granularity)
-            if not set(pooled) < set(dims[1:]): raise ValueError(
-                f"granularity {granularity!r} does not fit {type(module).__name__} (layer {name or module}): give some, but not all, of {dims[1:]}")
-        self.axes = tuple(i for i,d in enumerate(dims) if d in pooled)
+        self.pattern,view = nm_pattern(check_granularity(granularity)),weight_view(module)
+        if self.pattern: _check_lots(view, granularity, self.pattern[1], name or str(module))
+        pooled = () if self.pattern else _pooled(module, granularity, name)
+        self.axes = tuple(i for i,d in enumerate(_dims(module)) if d in pooled)
         self.shape = tuple(1 if i in self.axes else s for i,s in enumerate(view.shape))
-        self.n_blocks = view.numel() // max(1, torch.Size(view.shape[i] for i in self.axes).numel())
+        self.n_blocks = math.prod(self.shape)
         self.whole_outputs = set(self.axes) == set(range(2, view.ndim))
 
-    def pool(self,
-        view:Tensor, # Scores, shape (group, out, in, *kernel)
-    ) -> Tensor: # Mean score of each block, shape `self.shape`
-        "Mean over each block, so that blocks of different sizes compare."
-        return view.mean(self.axes, keepdim=True) if self.axes else view
-
-    def dead(self,
-        view:Tensor, # Weights, shape (group, out, in, *kernel)
-    ) -> Tensor: # True for the blocks in which every weight is zero, shape `self.shape`
-        "Which blocks are zero altogether."
-        return (view == 0).all(dim=self.axes, keepdim=True) if self.axes else view == 0
-
-    def candidates(self,
-        view:Tensor, # Scores, shape (group, out, in, *kernel)
-    ) -> Tensor: # True where n:m lets a weight be pruned, shape of `view`
-        "For a pattern n:m: the m-n smallest scores of every m along the input dimension."
-        g = view.unflatten(2, (-1, self.n_of))
-        rank = g.argsort(dim=3, stable=True).argsort(dim=3)
-        return (rank < self.n_of-self.n_keep).flatten(2, 3)
-
     @property
-    def max_sparsity(self) -> float: # 1 - n/m for a pattern n:m, else 1
-        "The sparsity that an n:m pattern ends at; 1 for all others."
-        return 1. if self.n_of is None else (self.n_of-self.n_keep) / self.n_of
+    def single(self) -> bool: # Is each block one weight?
+        return not self.axes
+
+# %% ../nbs/02_granularity.ipynb #43053f83
+@patch
+def pool(self:Granularity,
+    view:Tensor, # Scores, shape (group, out, in, *kernel)
+) -> Tensor: # Mean score of each block, shape `self.shape`
+    "Mean over each block, so that blocks of different sizes compare."
+    if self.single: return view
+    return view.mean(self.axes, keepdim=True).clamp(max=torch.finfo(view.dtype).max) # a sum that overflows is still a large score
+
+@patch
+def zero(self:Granularity,
+    view:Tensor, # Weights, shape (group, out, in, *kernel)
+) -> Tensor: # True for the blocks in which every weight is zero, shape `self.shape`
+    "Which blocks are zero altogether."
+    return view == 0 if self.single else (view == 0).all(dim=self.axes, keepdim=True)
+
+# %% ../nbs/02_granularity.ipynb #bc6fc701
+@patch
+def prunable(self:Granularity,
+    scores:Tensor, # Scores ≥ 0, shape (group, out, in, *kernel)
+    mask:Tensor|None=None, # True for what is kept so far, same shape; None: everything
+) -> Tensor: # True where a weight may be pruned or is pruned already, same shape
+    "For a pattern n:m: the m-n smallest scores of every m along the input dimension, and what is pruned; else everything."
+    if self.pattern is None: return torch.ones_like(scores, dtype=torch.bool)
+    n,m = self.pattern
+    first = scores if mask is None else torch.where(mask, scores, -1.)
+    rank = first.unflatten(2, (-1, m)).argsort(dim=3, stable=True).argsort(dim=3)
+    may = (rank < m-n).flatten(2, 3)
+    return may if mask is None else may | ~mask

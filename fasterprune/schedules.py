@@ -9,8 +9,8 @@ from functools import partial
 from typing import Callable
 
 # %% auto #0
-__all__ = ['sched_oneshot', 'sched_iterative', 'sched_agp', 'sched_onecycle', 'sched_dsd', 'delayed', 'schedule_name',
-           'check_schedule', 'plot_schedules']
+__all__ = ['sched_oneshot', 'sched_imp', 'sched_iterative', 'sched_agp', 'sched_onecycle', 'sched_onecycle_log', 'sched_dsd',
+           'schedule_name', 'check_schedule', 'sched_between', 'plot_schedules']
 
 # %% ../nbs/00_schedules.ipynb #901ee9b8
 def sched_oneshot(
@@ -20,6 +20,15 @@ def sched_oneshot(
 ) -> float: # Sparsity
     "All of the pruning in one step: `end`, whatever `pos` is."
     return end
+
+# %% ../nbs/00_schedules.ipynb #f56dd3de
+def sched_imp(
+    start:float, # Sparsity while it trains
+    end:float, # Sparsity when the training is over
+    pos:float, # Fraction of the training done, in [0, 1]
+) -> float: # Sparsity
+    "Nothing while the network trains, all of it when the training is over (Frankle & Carbin 2019, arXiv 1803.03635)."
+    return end if pos == 1 else start
 
 # %% ../nbs/00_schedules.ipynb #de3204ef
 def sched_iterative(
@@ -51,6 +60,18 @@ def sched_onecycle(
     "One-cycle pruning: a logistic curve that is exactly `end` at `pos=1` (Hubens et al. 2021, arXiv 2107.02086)."
     return start + (end-start) * (1 + math.exp(beta-alpha)) / (1 + math.exp(beta-alpha*pos))
 
+# %% ../nbs/00_schedules.ipynb #8af53f6e
+def sched_onecycle_log(
+    start:float, # Sparsity at the beginning
+    end:float, # Sparsity at the end
+    pos:float, # Fraction of the pruning phase done, in [0, 1]
+    alpha:float=14., # Steepness: how fast the pruning goes once it has begun
+    beta:float=5., # Offset: how long it waits; the steepest moment is at beta/alpha
+) -> float: # Sparsity
+    "One-cycle pruning of the survivors: the logarithm of the density goes down the logistic curve, and is exactly `log(1-end)` at `pos=1`."
+    done = sched_onecycle(0., 1., pos, alpha, beta)
+    return end - (1-end) * (((1-start) / (1-end))**(1-done) - 1) # written so that pos=1 gives `end` to the last bit
+
 # %% ../nbs/00_schedules.ipynb #b010708c
 def sched_dsd(
     start:float, # Sparsity at the beginning and at the end
@@ -60,57 +81,74 @@ def sched_dsd(
     "Dense-sparse-dense: a cosine from `start` up to `end` at `pos=0.5`, and back (after Han et al. 2017, arXiv 1607.04381)."
     return start + (end-start) * (1 - math.cos(2*math.pi*pos)) / 2
 
+# %% ../nbs/00_schedules.ipynb #8990ee95
+def schedule_name(
+    sched:Callable, # A schedule, `functools.partial` or lambda included
+) -> str: # A short name for tables and legends
+    "The name to show for a schedule: `sched_agp` is 'agp', and the settings of a partial follow it."
+    if not isinstance(sched, partial): return getattr(sched, '__name__', type(sched).__name__).removeprefix('sched_')
+    if sched.func is _between: return _between_name(**sched.keywords)
+    return ' '.join([schedule_name(sched.func)] + [_setting(k, v) for k,v in sched.keywords.items()])
+
+def _setting(k, v): return f'{k}={v:g}' if isinstance(v, (int, float)) else f'{k}={v}'
+
+# %% ../nbs/00_schedules.ipynb #429bd10c
+_sched_help = ("a schedule is a function (start, end, pos) -> sparsity, such as sched_onecycle, "
+               "fastai's sched_cos or lambda start, end, pos: start + (end-start)*pos")
+
+def _check_call(sched, end):
+    if not callable(sched) or isinstance(sched, type): raise TypeError(f"schedule got {sched!r}; {_sched_help}")
+    try: inspect.signature(sched).bind(0., end, 0.)
+    except TypeError as e: raise TypeError(
+        f"schedule {schedule_name(sched)} cannot be called as (start, end, pos): {e}; {_sched_help}") from None
+    except ValueError: pass # a builtin without a signature
+
+# %% ../nbs/00_schedules.ipynb #129d8693
+def _check_value(sched, v, pos, end):
+    number = not isinstance(v, bool) and (isinstance(v, (int, float)) or hasattr(v, '__float__'))
+    if not number or not -1e-9 <= float(v) < 1: raise ValueError(
+        f"schedule {schedule_name(sched)} gave {v!r} at pos={pos:g} on its way to {end:g}; a sparsity is a number in [0, 1)")
+
+def _check_down(sched, v, before, pos):
+    if v < before-1e-9: raise ValueError(
+        f"schedule {schedule_name(sched)} goes down, from {before:.3g} to {v:.3g} at pos={pos:g}; "
+        "pruned weights stay pruned by default: pass regrow=True to let them grow back")
+
+# %% ../nbs/00_schedules.ipynb #43b57664
+def check_schedule(
+    sched:Callable, # What should be a schedule
+    end:float=0.9, # Target to try it with, in [0, 1)
+    regrow:bool=False, # May the sparsity go down?
+    n_steps:int=0, # Number of steps of the training, to try it at each of them as well
+) -> Callable: # `sched`, unchanged
+    "Try `sched` from 0 to `end` at 201 points and at every step; `TypeError` or `ValueError` with what is allowed."
+    _check_call(sched, end)
+    for pos in sorted({i/n for n in (200, n_steps) for i in range(n+1) if n}): _check_value(sched, sched(0., end, pos), pos, end)
+    tenths = [float(sched(0., end, i/10)) for i in range(11)]
+    for i in range(0 if regrow else 10): _check_down(sched, tenths[i+1], tenths[i], (i+1)/10)
+    return sched
+
 # %% ../nbs/00_schedules.ipynb #2561f9d3
-def delayed(
+def sched_between(
     sched:Callable, # Schedule `(start, end, pos) -> sparsity` to squeeze
     start_pct:float, # Fraction of training at which it begins, in [0, 1)
     end_pct:float=1., # Fraction of training at which it ends, in (start_pct, 1]
 ) -> Callable: # Schedule `(start, end, pos) -> sparsity`
     "`sched` between `start_pct` and `end_pct` of the training; `start` before, its last value after."
-    if not 0 <= start_pct < end_pct <= 1:
-        raise ValueError(f"delayed got start_pct={start_pct} and end_pct={end_pct}; they are fractions of the training "
-                         "with 0 <= start_pct < end_pct <= 1, such as delayed(sched_agp, 0.2, 0.8)")
-    check_schedule(sched)
-    return partial(_delayed, sched=sched, start_pct=start_pct, end_pct=end_pct)
+    if not 0 <= start_pct < end_pct <= 1: raise ValueError(
+        f"sched_between got start_pct={start_pct} and end_pct={end_pct}; they are fractions of the training "
+        "with 0 <= start_pct < end_pct <= 1, such as sched_between(sched_agp, 0.2, 0.8)")
+    _check_call(sched, .9)
+    return partial(_between, sched=sched, start_pct=start_pct, end_pct=end_pct)
 
-def _delayed(start, end, pos, sched, start_pct, end_pct):
+# %% ../nbs/00_schedules.ipynb #4a69525f
+def _between(start, end, pos, sched, start_pct, end_pct):
     if pos < start_pct: return start
     return sched(start, end, min(1., (pos-start_pct) / (end_pct-start_pct)))
 
-# %% ../nbs/00_schedules.ipynb #43b57664
-_sched_help = "a schedule is a function (start, end, pos) -> sparsity, such as sched_onecycle, fastai's sched_cos or lambda start, end, pos: start + (end-start)*pos"
-
-def schedule_name(
-    sched:Callable, # A schedule, `functools.partial` or lambda included
-) -> str: # A short name for tables and legends
-    "The name to show for a schedule: `sched_agp` is 'agp', and the settings of a partial follow it."
-    if isinstance(sched, partial):
-        kw = dict(sched.keywords)
-        if sched.func is _delayed:
-            s,e = kw['start_pct'], kw['end_pct']
-            return f"{schedule_name(kw['sched'])} {s:.0%}" + (f"-{e:.0%}" if e < 1 else '')
-        return ' '.join([schedule_name(sched.func)] + [f'{k}={v:g}' if isinstance(v, (int, float)) else f'{k}={v}' for k,v in kw.items()])
-    return getattr(sched, '__name__', type(sched).__name__).removeprefix('sched_')
-
-def check_schedule(
-    sched:Callable, # What should be a schedule
-    end:float=0.9, # Target to try it with, in [0, 1)
-    regrow:bool=False, # May the sparsity go down?
-) -> Callable: # `sched`, unchanged
-    "Try `sched` from 0 to `end` at eleven points; raise `TypeError` or `ValueError` with what is allowed if it is no schedule."
-    if not callable(sched) or isinstance(sched, type): raise TypeError(f"schedule got {sched!r}; {_sched_help}")
-    try: inspect.signature(sched).bind(0., end, 0.)
-    except TypeError as e: raise TypeError(f"schedule {schedule_name(sched)} cannot be called as (start, end, pos): {e}; {_sched_help}") from None
-    except ValueError: pass # a builtin without a signature
-    vals = [sched(0., end, i/10) for i in range(11)]
-    for i,v in enumerate(vals):
-        if isinstance(v, bool) or not isinstance(v, (int, float)) and not hasattr(v, '__float__') or not -1e-9 <= float(v) < 1:
-            raise ValueError(f"schedule {schedule_name(sched)} gave {v!r} at pos={i/10:g} on its way to {end:g}; a sparsity is a number in [0, 1)")
-    down = next((i for i in range(10) if vals[i+1] < vals[i]-1e-9), None)
-    if down is not None and not regrow:
-        raise ValueError(f"schedule {schedule_name(sched)} goes down, from {vals[down]:.3g} at pos={down/10:g} to {vals[down+1]:.3g}; "
-                         "pruned weights stay pruned by default: pass regrow=True to let them grow back")
-    return sched
+def _between_name(sched, start_pct, end_pct):
+    name = f'{schedule_name(sched)} {start_pct:.0%}'
+    return name if end_pct == 1 else f'{name}-{end_pct:.0%}'
 
 # %% ../nbs/00_schedules.ipynb #d1c37c00
 def plot_schedules(
@@ -119,8 +157,9 @@ def plot_schedules(
     ax=None, # Matplotlib axes to draw on; new ones if None
 ): # The matplotlib axes
     "Draw the sparsity that each schedule asks for over the training."
-    import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(7, 4))[1]
+    if ax is None:
+        import matplotlib.pyplot as plt
+        ax = plt.subplots(figsize=(7, 4))[1]
     if not isinstance(scheds, dict): scheds = {schedule_name(s): s for s in scheds}
     pos = [i/500 for i in range(501)]
     for name,s in scheds.items(): ax.plot(pos, [s(0., sparsity, p) for p in pos], label=name)

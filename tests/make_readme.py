@@ -6,9 +6,16 @@ from nbconvert import MarkdownExporter
 from traitlets.config import Config
 
 root = Path(__file__).parent.parent
+home = 'https://github.com/fasterprune/fasterprune/blob/main'
+
+def absolute(
+    text:str, # Markdown of the index
+) -> str: # The same, with links that work on a package index as well
+    text = re.sub(r'\]\((images/[^)\s]+)\)', rf']({home}/nbs/\1?raw=true)', text)
+    return re.sub(r'\]\((?=\d\d\w?_|tutorials/|experiments/)', f']({home}/nbs/', text)
 
 def readme() -> str:
-    "The index notebook without its hidden cells, with links that work from the root."
+    "The index notebook without its hidden cells, with absolute links."
     c = Config()
     c.RegexRemovePreprocessor.patterns = [r'#\| *(hide|default_exp)']
     c.MarkdownExporter.preprocessors = ['nbconvert.preprocessors.RegexRemovePreprocessor']
@@ -16,7 +23,7 @@ def readme() -> str:
     nb.metadata['language_info'] = {'name': 'python'}
     text = MarkdownExporter(config=c).from_notebook_node(nb)[0]
     text = re.sub(r'<style>.*?</style>', '', text, flags=re.S)
-    text = re.sub(r'\]\((images/|\d\d_|tutorials/)', r'](nbs/\1', text)
-    return re.sub(r'\n\s*\n', '\n\n', text).strip() + '\n'
+    text = re.sub(r'^ +$', '', absolute(text), flags=re.M)
+    return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 if __name__ == '__main__': (root/'README.md').write_text(readme())

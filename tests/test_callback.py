@@ -20,16 +20,16 @@ class Watch(Callback):
         assert list(self.model.state_dict()) == self.keys
         zeros = [l.weight == 0 for l in sp.layers]
         if self.zeros: assert all((z | ~old).all() for z,old in zip(zeros, self.zeros)), 'a zero came back'
-        if all(l.keep is not None for l in sp.layers):
+        if all(g.mask is not None for g in sp.groups):
             self.passes += 1
-            for l in sp.layers: assert (weight_view(l.module)[(~l.keep_view()).expand_as(weight_view(l.module))] == 0).all()
+            for name,mask in sp.masks.items(): assert (sp.model.get_submodule(name).weight[~mask] == 0).all()
             self.zeros = zeros
 
 @pytest.mark.parametrize('opt', [partial(SGD, mom=.9, wd=.1), Adam, partial(Adam, wd=.1, decouple_wd=False), RAdam, ranger, Lamb, RMSProp, partial(OptimWrapper, opt=torch.optim.AdamW)])
 @pytest.mark.parametrize('cbs', [(), (GradientClip(.1),), (GradientAccumulation(20),), (MixUp(),)])
 def test_zeros_stay_zero(learner, opt, cbs):
     learn,watch = learner(opt_func=opt),Watch()
-    fit(learn, n=2, cbs=[SparsifyCallback(.8), watch, *cbs])
+    fit(learn, n=2, cbs=[SparsifyCallback(.8, context='local'), watch, *cbs])
     assert watch.passes > 4
     for r in measured_sparsity(learn.model).rows: assert r[3] == round(.8*r[2])
 
@@ -104,7 +104,7 @@ def test_interrupted_lr_find_does_not_switch_the_callback_off(learner):
 
 def test_filters_die_whole_and_stay_so_with_keep_sparsity(learner):
     learn = learner()
-    fit(learn, cbs=SparsifyCallback(.5, 'filter'))
+    fit(learn, cbs=SparsifyCallback(.5, 'filter', 'local'))
     def silent():
         learn.model.eval()
         with torch.no_grad(): return [(learn.model[:i](torch.randn(4, 4, 6, 6)).abs().amax((0,2,3)) == 0) for i in (2, 5, 7)]
@@ -141,7 +141,7 @@ def test_resume_is_the_same_as_no_crash(learner, context):
 
 def test_the_table_shows_what_was_counted(learner, capsys):
     learn = learner()
-    with learn.no_bar(): learn.fit_one_cycle(2, cbs=[SparsifyCallback(.9, 'filter'), CSVLogger()])
+    with learn.no_bar(): learn.fit_one_cycle(2, cbs=[SparsifyCallback(.9, 'filter', 'local'), CSVLogger()])
     log = pd.read_csv(learn.path/'history.csv')
     assert list(log.columns) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'sparsity', 'time']
     assert log.sparsity.iloc[-1] == pytest.approx(float(measured_sparsity(learn.model)))
@@ -170,9 +170,9 @@ def test_vision_learner_with_image_files(tmp_path):
         for i in range(8): Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path/c/f'{i}.png')
     dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=.25, seed=0, item_tfms=Resize(32), bs=4, num_workers=0, device='cpu')
     learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, cbs=SparsifyCallback(0.9))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, cbs=SparsifyCallback(0.9, context='local'))
     for r in measured_sparsity(learn.model).rows: assert r[3] == round(.9*r[2])
-    learn.add_cb(SparsifyCallback(0.9))
+    learn.add_cb(SparsifyCallback(0.9, context='local'))
     learn.export()
     again = load_learner(tmp_path/'export.pkl')
     assert measured_sparsity(again.model).zeros == measured_sparsity(learn.model).zeros
@@ -182,7 +182,7 @@ def test_vision_learner_with_image_files(tmp_path):
 def test_zero_initialised_layers_are_not_taken_as_pruned(learner):
     net = conv_net(); nn.init.zeros_(net[6].weight)
     learn = learner(model=net)
-    fit(learn, cbs=SparsifyCallback(.5))
+    fit(learn, cbs=SparsifyCallback(.5, context='local'))
     assert measured_sparsity(learn.model).layers['6'] == pytest.approx(.5, abs=.01)
 
 def test_more_zeros_than_asked_is_told(learner):
@@ -228,12 +228,12 @@ def test_what_is_kept_is_one_byte_a_weight_at_most():
         m = conv_net()
         m(torch.randn(2, 4, 6, 6)).sum().backward()
         sp = Sparsifier(m, criteria=criteria, sample=torch.randn(2, 4, 6, 6)); sp.record_grad(); sp.update(.5, torch.randn(2, 4, 6, 6))
+        for g in sp.groups: assert g.mask.nbytes == g.weight.numel()
         for l in sp.layers:
-            assert l.keep.nbytes == l.weight.numel()
             assert sum(t.nbytes for t in l.state.values()) == copies*l.weight.nbytes
     for name in ('kernel', 'filter'):
         sp = Sparsifier(conv_net(), name); sp.update(.5)
-        assert all(l.keep.nbytes == l.n for l in sp.layers) # one byte a block
+        assert all(g.mask.nbytes == g.n for g in sp.groups) # one byte a block
 def test_fine_tune_with_a_later_start(learner):
     learn = learner(splitter=lambda m: [params(m[:8]), params(m[8:])])
     with pytest.warns(UserWarning, match='are frozen'): fit(learn, 3, how='fine_tune', cbs=SparsifyCallback(.9, start_epoch=1)) # one frozen epoch: no room, and no need, for the schedule

@@ -1,7 +1,7 @@
 "On a GPU: the same masks as on a CPU, and no waiting in ordinary steps. Skipped where there is none."
 import copy, pytest, torch, torchvision
 from torch import nn
-from fasterprune.shrink import shrink
+from fasterprune.surgery import shrink
 from fasterprune.sparsifier import Sparsifier, measured_sparsity
 from fasterprune.storage import load_sparse, save_sparse
 from conftest import conv_net, fit, make_learner
@@ -19,7 +19,7 @@ def test_same_masks_as_on_a_cpu(context, granularity, dtype):
     a,b = Sparsifier(here, granularity, context, **sample), Sparsifier(there, granularity, context, **{k: v.cuda() for k,v in sample.items()})
     for s in (.1, .5, .8):
         a.sparsify(s); b.sparsify(s)
-        for p,q in zip(a.layers, b.layers): assert torch.equal(p.keep, q.keep.cpu()) and p.n_dead == q.n_dead
+        for p,q in zip(a.groups, b.groups): assert torch.equal(p.mask, q.mask.cpu()) and p.n_pruned == q.n_pruned
     for p,q in zip(here.parameters(), there.parameters()): assert torch.equal(p, q.cpu())
 
 def test_ordinary_steps_do_not_wait():
@@ -55,7 +55,7 @@ def test_fit_in_mixed_precision(half, tmp_path):
 def test_small_files_and_small_networks(tmp_path):
     torch.manual_seed(0)
     m,x = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 1)).cuda().eval(),torch.randn(2, 3, 16, 16).cuda()
-    Sparsifier(m, 'filter', sample=x, tied=True).sparsify(.5)
+    Sparsifier(m, 'filter', sample=x, coupled=True).sparsify(.5)
     save_sparse(m, tmp_path/'f'); before = [p.clone() for p in m.parameters()]
     with torch.no_grad(): m[0].weight += 1
     load_sparse(tmp_path/'f', m)

@@ -11,11 +11,11 @@ at_construction = [
     (dict(sparsity='abc'), r"a number in \[0, 1\)"), (dict(sparsity=True), r"a number in \[0, 1\)"), (dict(sparsity=None), r"a number in \[0, 1\)"), (dict(sparsity={}), "empty dict"),
     (dict(sparsity={'0': 2}), r"a number in \[0, 1\)"),
     (dict(granularity='block'), "known are weight"), (dict(granularity=3), "known are weight"), (dict(granularity='5:4'), "0 < n < m"), (dict(granularity='2:4'), "a sparsity of 0.5"),
-    (dict(context='each'), "local, erk, global, lamp"), (dict(context=None), "local, erk, global, lamp"),
+    (dict(context='each'), "local, erk, global, lamp"), (dict(context=3), "local, erk, global, lamp"),
     (dict(criteria='magnitude'), "a criterion is a function"), (dict(criteria=lambda x, y: x), "wants x, y"), (dict(criteria=lambda: 1), "wants nothing"), (dict(criteria=nn.ReLU), "a criterion is a function"),
     (dict(schedule='cos'), "a schedule is a function"), (dict(schedule=lambda pos: pos), r"cannot be called as \(start, end, pos\)"), (dict(schedule=lambda s, e, p: 'x'), "a sparsity is a number"),
     (dict(schedule=lambda s, e, p: 2*p), "a sparsity is a number"), (dict(schedule=sched_dsd), "regrow=True"),
-    (dict(start_epoch=3, end_epoch=2), "start_epoch < end_epoch"), (dict(start_epoch=-1), "0 <= start_epoch"), (dict(resolution=2), "resolution"),
+    (dict(start_epoch=3, end_epoch=2), "start_epoch < end_epoch"), (dict(start_epoch=-1), "0 <= start_epoch"), (dict(min_change=2), "min_change"),
 ]
 @pytest.mark.bad_input
 @pytest.mark.parametrize('kw,text', at_construction)
@@ -95,7 +95,7 @@ def test_a_criterion_that_fails_in_the_middle_of_a_training_loses_nothing(learne
         return weight.abs()
     learn = learner()
     keys = list(learn.model.state_dict())
-    with pytest.raises(RuntimeError, match='no more'): fit(learn, cbs=SparsifyCallback(.9, criteria=flaky, resolution=0.))
+    with pytest.raises(RuntimeError, match='no more'): fit(learn, cbs=SparsifyCallback(.9, criteria=flaky, min_change=0.))
     assert list(learn.model.state_dict()) == keys
     fit(learn, cbs=SparsifyCallback(.9))
     assert float(measured_sparsity(learn.model)) == pytest.approx(.9, abs=.005)

@@ -4,11 +4,12 @@ import pytest, torch
 from torch import nn
 from fastai.callback.schedule import sched_cos, sched_lin
 from fasterprune.all import *
-from fasterprune.sparsifier import select_blocks, select_on_device
+from fasterprune.contexts import lamp
+from fasterprune.selection import select, select_on_device
 from conftest import conv_net, fit
 
-schedules = dict(oneshot=sched_oneshot, oneshot40=delayed(sched_oneshot, .4), iterative=sched_iterative, agp=sched_agp, onecycle=sched_onecycle,
-                 onecycle6=partial(sched_onecycle, beta=6.), linear=sched_lin, cosine=sched_cos, cosine70=delayed(sched_cos, 0, .7), own=lambda start, end, pos: start+(end-start)*pos**.5)
+schedules = dict(oneshot=sched_oneshot, oneshot40=sched_between(sched_oneshot, .4), iterative=sched_iterative, agp=sched_agp, onecycle=sched_onecycle,
+                 onecycle6=partial(sched_onecycle, beta=6.), linear=sched_lin, cosine=sched_cos, cosine70=sched_between(sched_cos, 0, .7), own=lambda start, end, pos: start+(end-start)*pos**.5)
 
 def blocks(learn, granularity):
     return [(r[4], r[5]) for r in measured_sparsity(learn.model, granularity='weight' if ':' in granularity else granularity, exclude='0' if granularity == '2:4' else ()).rows]
@@ -45,7 +46,7 @@ def test_every_criterion(learner, criteria, context):
 @pytest.mark.parametrize('name', granularities(nn.Conv2d))
 def test_every_granularity_of_conv2d(learner, name):
     learn = learner()
-    fit(learn, cbs=SparsifyCallback(.6, name))
+    fit(learn, cbs=SparsifyCallback(.6, name, 'local'))
     for n,d in blocks(learn, name): assert d == min(round(.6*n), n-1)
 
 @pytest.mark.parametrize('cls,x', [(nn.Conv1d, (2, 4, 9)), (nn.Conv3d, (2, 4, 5, 5, 5)), (nn.ConvTranspose1d, (2, 4, 9)), (nn.ConvTranspose2d, (2, 4, 5, 5)), (nn.ConvTranspose3d, (2, 4, 5, 5, 5)), (nn.Linear, (2, 4))])
@@ -69,13 +70,13 @@ from contextlib import nullcontext as _nothing
 
 def test_dense_sparse_dense_grows_back(learner):
     learn = learner()
-    fit(learn, n=4, cbs=SparsifyCallback(.8, schedule=sched_dsd, regrow=True, resolution=0))
+    fit(learn, n=4, cbs=SparsifyCallback(.8, schedule=sched_dsd, regrow=True, min_change=0))
     measured = [m for _,m in learn.recorder.sparsity_measured]
     assert max(measured) > .75 and measured[-1] < .02 # the last blocks given back have not been trained yet
 
 def test_an_expensive_but_plain_schedule_that_never_reaches_its_end(learner):
     learn = learner()
-    fit(learn, cbs=SparsifyCallback(.8, schedule=lambda start, end, pos: start + (end-start)*pos/2))
+    fit(learn, cbs=SparsifyCallback(.8, context='local', schedule=lambda start, end, pos: start + (end-start)*pos/2))
     for n,d in blocks(learn, 'weight'): assert d == round(.4*n)
 
 def test_one_weight_and_tiny_layers():
@@ -96,13 +97,14 @@ def test_a_shared_module_counts_once():
 @pytest.mark.parametrize('context', ['local', 'erk', 'global', 'lamp'])
 def test_the_way_of_a_gpu_selects_the_same(context, granularity, monkeypatch):
     "Run on the CPU; tests/test_cuda.py does it on a GPU."
-    def masks(select):
+    def masks(way):
         torch.manual_seed(0)
         model = conv_net(16)
-        monkeypatch.setattr('fasterprune.sparsifier.select_blocks', select)
+        def dense(scores): return [s if isinstance(s, torch.Tensor) else torch.from_numpy(s[:]) for s in scores]
+        monkeypatch.setattr('fasterprune.sparsifier.select_groups', lambda groups, allow_inf, context: [way(dense(s), k, m, allow_inf, context) for s,k,m in groups])
         sp = Sparsifier(model, granularity, context, sample=torch.randn(2, 4, 6, 6))
         for s in (.1, .4, .8, .97): sp.sparsify(s)
-        return [l.keep for l in sp.layers], [l.n_dead for l in sp.layers], [int((~l.keep).sum()) for l in sp.layers]
-    (a, dead, counted), (b, dead_b, counted_b) = masks(select_blocks), masks(select_on_device)
+        return [g.mask for g in sp.groups], [g.n_pruned for g in sp.groups], [int((~g.mask).sum()) for g in sp.groups]
+    (a, dead, counted), (b, dead_b, counted_b) = masks(select), masks(select_on_device)
     assert dead == counted == dead_b == counted_b
     assert all(torch.equal(x, y) for x,y in zip(a, b))

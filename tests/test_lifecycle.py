@@ -116,7 +116,7 @@ def test_other_blocks_and_criteria(tmp_path, companion, granularity, criteria, t
     learn = make_learner(opt_func=partial(SGD, mom=.9, wd=.01), path=tmp_path)
     with warnings.catch_warnings(), learn.no_bar(), learn.no_logging():
         warnings.simplefilter('ignore')
-        learn.fit_one_cycle(3, 1e-2, cbs=[SparsifyCallback(.6, granularity, 'global', criteria, tied=tied), Watch(), *companions[companion]()])
+        learn.fit_one_cycle(3, 1e-2, cbs=[SparsifyCallback(.6, granularity, 'global', criteria, coupled=tied), Watch(), *companions[companion]()])
     rows = measured_sparsity(learn.model, granularity=granularity).rows
     n,dead = sum(r[4] for r in rows), sum(r[5] for r in rows)
     if companion == 'early_stopping': assert dead/n in [pytest.approx(v) for _,v in learn.recorder.sparsity_measured]

@@ -1,11 +1,11 @@
 "Lottery tickets: rounds, rewinding, what is kept, what survives."
-import re, signal, subprocess, sys, textwrap, time
+import os, re, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 import pytest, torch
 from torch import nn
 from fasterprune.criteria import magnitude
-from fasterprune.lottery import Ticket, find_ticket, load_ticket, restarted, save_ticket, sched_imp, shuffled, train_ticket
-from fasterprune.schedules import delayed, sched_agp, sched_onecycle, sched_oneshot
+from fasterprune.lottery import Ticket, find_ticket, load_ticket, restarted, save_ticket, shuffled, train_ticket
+from fasterprune.schedules import sched_agp, sched_between, sched_imp, sched_onecycle, sched_oneshot
 from fasterprune.sparsifier import measured_sparsity
 from conftest import conv_net, fit, make_learner, same, state
 
@@ -14,7 +14,7 @@ def quietly(f, learn, *args, **kwargs):
 
 def zeros(model): return {n: (m.weight == 0) for n,m in model.named_modules() if isinstance(m, nn.Conv2d)}
 
-@pytest.mark.parametrize('schedule', [sched_onecycle, sched_imp, delayed(sched_oneshot, .4), sched_agp])
+@pytest.mark.parametrize('schedule', [sched_onecycle, sched_imp, sched_between(sched_oneshot, .4), sched_agp])
 @pytest.mark.parametrize('context', ['local', 'global'])
 def test_exact_in_each_round_and_rewound_to_the_beginning(learner, schedule, context):
     learn = learner()
@@ -36,7 +36,7 @@ def test_rounds_prune_the_same_fraction_of_the_survivors_and_masks_are_nested(le
 
 def test_the_first_imp_round_is_dense_training_and_one_magnitude_cut(learner):
     "The oracle: train densely with the same seed, cut by hand"
-    ticket = quietly(find_ticket, learner(seed=3), 2, 1e-2, sparsity=.75, schedule=sched_imp, seed=5)
+    ticket = quietly(find_ticket, learner(seed=3), 2, 1e-2, sparsity=.75, context='local', schedule=sched_imp, seed=5)
     dense = learner(seed=3)
     from fastai.torch_core import set_seed
     set_seed(5)
@@ -81,7 +81,7 @@ def test_a_layer_that_begins_at_zero_can_still_learn(learner):
     net = conv_net()
     nn.init.zeros_(net[6].weight)
     learn = learner(model=net)
-    ticket = quietly(find_ticket, learn, 2, 1e-2, sparsity=.5, rounds=2, seed=0)
+    ticket = quietly(find_ticket, learn, 2, 1e-2, sparsity=.5, context='local', rounds=2, seed=0)
     assert not learn.model[6].weight.any() and int(ticket.masks['6'].sum()) == round(.5*ticket.masks['6'].numel())
     quietly(train_ticket, learn, ticket, 2, 1e-2, seed=0)
     w,m = learn.model[6].weight,ticket.masks['6']
@@ -135,10 +135,8 @@ def test_saved_and_loaded_in_torchs_safe_mode(learner, tmp_path):
 def test_a_disk_that_fills_up_leaves_the_old_file(learner, tmp_path, monkeypatch):
     ticket = quietly(find_ticket, learner(), 1, 1e-2, sparsity=.5, seed=0)
     save_ticket(ticket, tmp_path/'t.pt')
-    def full(obj, f):
-        f.write_bytes(b'half')
-        raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(torch, 'save', full)
+    def full(fd): raise OSError(28, 'No space left on device') # when half of it is written
+    monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError): save_ticket(ticket, tmp_path/'t.pt')
     assert [f.name for f in tmp_path.iterdir()] == ['t.pt'] and same(load_ticket(tmp_path/'t.pt').masks, ticket.masks)
 
@@ -146,6 +144,7 @@ search = '''
     import sys; sys.path.insert(0, {here!r})
     from conftest import make_learner
     from fasterprune.lottery import *
+    from fasterprune.schedules import sched_imp
     learn = make_learner()
     with learn.no_bar(), learn.no_logging(): find_ticket(learn, 8, 1e-2, sparsity=.9, rounds=6, rewind_epoch=1, schedule=sched_imp, path={path!r}, seed=0)
 '''
@@ -195,7 +194,7 @@ def test_a_ticket_for_another_network(learner):
     assert same(other.state_dict(), before)
 
 def test_settings_of_every_kind_can_be_saved_and_taken_up(learner, tmp_path):
-    how = dict(n_epoch=1, lr_max=slice(1e-3, 1e-2), sparsity={'0': .5, '3': .75}, rounds=2, schedule=delayed(sched_agp, .2), criteria=magnitude, path=tmp_path, seed=0)
+    how = dict(n_epoch=1, lr_max=slice(1e-3, 1e-2), sparsity={'0': .5, '3': .75}, rounds=2, schedule=sched_between(sched_agp, .2), criteria=magnitude, path=tmp_path, seed=0)
     ticket = quietly(find_ticket, learner(), **how)
     assert {n: round((~m).float().mean().item(), 2) for n,m in ticket.masks.items()} == {'0': .5, '3': .75}
     assert {n: round((~m).float().mean().item(), 2) for n,m in load_ticket(tmp_path/'round_1.pt').masks.items()} == {'0': .29, '3': .5}

@@ -3,6 +3,7 @@ import os, warnings
 import pytest, torch, torchvision
 from torch import nn
 from fasterprune.all import *
+from fasterprune.flow import following_norms
 from conftest import fit
 
 slow = pytest.mark.skipif(not os.environ.get('FASTERPRUNE_FULL'), reason='slow: FASTERPRUNE_FULL=1 runs it')
@@ -34,9 +35,9 @@ def test_prunes_exactly(name, make, size, layers, granularity, context):
     assert all(torch.equal(m.state_dict()[k], v) for k,v in state.items()) # looking for what follows what left no trace
     with warnings.catch_warnings():
         warnings.simplefilter('ignore'); r = sp.sparsify(.5)
-    n,dead = [l.n for l in sp.layers],[l.n_dead for l in sp.layers]
+    n,dead = [g.n for g in sp.groups],[g.n_pruned for g in sp.groups]
     assert sum(dead) == (round(.5*sum(n)) if context == 'global' else sum(min(round(.5*k), k-1) for k in n))
-    for l,row in zip(sp.layers, r.rows): assert row[5] == l.n_dead or row[5] == l.n # the head of a vision transformer starts at zero
+    for g,row in zip(sp.groups, r.rows): assert row[5] == g.n_pruned or row[5] == g.n # the head of a vision transformer starts at zero
     m.eval()
     with torch.no_grad(): assert m(x).isfinite().all()
     if granularity == 'filter': _dead_filters_are_silent(m, sp, x)
@@ -47,15 +48,15 @@ def _remember(where, name):
 
 def _dead_filters_are_silent(m, sp, x):
     out,norms = {},{}
-    for l in sp.layers:
-        l.module.register_forward_hook(_remember(out, l.name))
-        for n,names in l.linked:
-            if n is not l.module: n.register_forward_hook(_remember(norms, l.name))
+    for g in sp.groups:
+        g.layers[0].module.register_forward_hook(_remember(out, g.name))
+        for d in g.dependents:
+            if d.module is not g.layers[0].module and d.channels.tolist() == list(range(g.n)): d.module.register_forward_hook(_remember(norms, g.name))
     with torch.no_grad(): m(x)
-    for l in sp.layers:
+    for l in sp.groups:
         if l.name not in out: continue
-        dead = ~l.keep.flatten()
-        channel = lambda o: o.movedim(-1 if isinstance(l.module, nn.Linear) else 1, 0)
+        dead = ~l.mask
+        channel = lambda o: o.movedim(-1 if isinstance(l.layers[0].module, nn.Linear) else 1, 0)
         assert (channel(out[l.name])[dead] == 0).all(), l.name
         if l.name in norms: assert (channel(norms[l.name])[dead] == 0).all(), l.name
 
@@ -72,7 +73,7 @@ def test_the_right_batchnorm_is_found_where_order_would_mislead():
     m = PreAct()
     for sample in (None, (torch.randn(2, 3, 8, 8),)):
         found = following_norms(m, [m.c0, m.c1, m.c2], sample)
-        assert found == {m.c0: [m.b1], m.c1: [], m.c2: []}
+        assert {layer: [row[0] for row in rows] for layer,rows in found.items()} == {m.c0: [m.b1], m.c1: [], m.c2: []}
 
 @pytest.mark.model
 def test_weight_norm_and_spectral_norm_say_why_not():
@@ -103,9 +104,9 @@ def test_compiled(learner):
 @pytest.mark.model
 def test_a_layer_replaced_between_two_fits(learner):
     learn = learner()
-    fit(learn, cbs=SparsifyCallback(.8))
+    fit(learn, cbs=SparsifyCallback(.8, context='local'))
     learn.model[3] = nn.Conv2d(8, 16, 3, stride=2); learn.create_opt()
-    fit(learn, cbs=SparsifyCallback(.8))
+    fit(learn, cbs=SparsifyCallback(.8, context='local'))
     for r in measured_sparsity(learn.model).rows: assert r[3] == round(.8*r[2])
 
 @pytest.mark.model

@@ -6,6 +6,8 @@ from torch import nn
 import matplotlib
 matplotlib.use('agg')
 import matplotlib.pyplot as plt
+from fasterprune.cost import *
+from fasterprune.pictures import *
 from fasterprune.report import *
 from fasterprune.sparsifier import Sparsifier
 from conftest import conv_net, make_learner, same, state
@@ -25,7 +27,7 @@ def test_totals_are_those_of_numpy(granularity, sparsity, seed):
     assert (r.total('params'), r.total('zeros'), r.total('bytes')) == counted(m)
     convs = [v.numpy() for v in m.state_dict().values() if v.ndim == 4]
     assert r.total('zeros', in_scope=True) == sum(int((w == 0).sum()) for w in convs)
-    assert [l.dead_filters for l in r.layers] == [int((w.detach().flatten(1).numpy() == 0).all(1).sum()) for w in (m[0].weight, m[3].weight, m[6].weight, m[10].weight)]
+    assert [l.zero_filters for l in r.layers] == [int((w.detach().flatten(1).numpy() == 0).all(1).sum()) for w in (m[0].weight, m[3].weight, m[6].weight, m[10].weight)]
     assert r.sparsity_in_scope == r.total('zeros', True)/sum(w.size for w in convs)
     assert r.total('sparse_bytes') <= r.total('bytes')
 

@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.numpy import load as load_arrays, save as save_arrays
 from torch import nn
 from fasterprune.all import *
-from fasterprune.storage import _head, _mark, _name
+from fasterprune.packing import *
+from fasterprune.storage import _head, _mark, _name, pack_state, unpack_state
 from conftest import conv_net, fit
 
 def bits(t): return t.detach().resolve_conj().resolve_neg().flatten().clone().as_strided((t.numel(),), (1,)).view(torch.uint8).numpy().tobytes()
@@ -33,13 +34,15 @@ def tensors(draw):
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=['Cs'])), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3), max_leaves=5)
 states = st.dictionaries(st.text(st.characters(exclude_categories=['Cs']), max_size=8), tensors() | values, max_size=5)
 
-@settings(max_examples=200)
+patient = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow]) # a busy machine, and Hypothesis without its files, are no faults of ours
+
+@settings(max_examples=200, **patient)
 @given(states)
 def test_nothing_is_lost(state):
     back = unpack_state(pack_state(state))
     assert same_bits(state, back)
 
-@settings(max_examples=50)
+@settings(max_examples=50, **patient)
 @given(st.lists(st.integers(0, 3000), unique=True))
 def test_gaps_round_trip(places):
     places = np.array(sorted(places), dtype=np.int64)

@@ -1,0 +1,235 @@
+"The engine: outputs equal to PyTorch's, the model untouched, a plan that says what runs how, errors that help"
+import copy, json, sys
+import numpy as np, pytest, torch
+import torch.nn.functional as F
+from torch import nn
+from fasterprune import engine, kernels
+from fasterprune.allocation import by_multiplications, multiplications
+from fasterprune.engine import fast_cpu
+from fasterprune.planes import Planes, TapLayer, Window, conv_taps, padding_needed
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    "Results, not times: one round is enough"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    real = engine.race
+    monkeypatch.setattr(engine, 'race', lambda *calls, seconds=1.: real(*calls, seconds=0))
+    yield
+    torch.set_num_threads(n)
+
+def sparse(m, s=.8):
+    for l in m.modules():
+        if isinstance(l, (nn.Conv2d, nn.Linear)): l.weight.data[torch.rand_like(l.weight) < s] = 0
+        if isinstance(l, nn.BatchNorm2d):
+            for t in (l.weight, l.running_var): nn.init.uniform_(t, .5, 1.5)
+            for t in (l.bias, l.running_mean): nn.init.normal_(t)
+    return m.eval()
+
+def all_sparse(m): return {n: 'sparse' for n,l in m.named_modules() if isinstance(l, (nn.Conv2d, nn.Linear))}
+
+@torch.no_grad()
+def check(m, x, plan='all'):
+    "The program itself, whether it is faster or not"
+    fast = fast_cpu(m, x, all_sparse(m) if plan == 'all' else plan)
+    got,wanted = fast.first(x)[0],m(x)
+    assert (got - wanted).abs().max() <= 1e-5*wanted.abs().max()
+    torch.testing.assert_close(fast(x), wanted, rtol=1e-4, atol=1e-4)
+    return fast
+
+def how(fast): return {r['name']: r['how'] for r in fast.first.report}
+
+class Residual(nn.Module):
+    def __init__(self, ni, nf, stride=1):
+        super().__init__()
+        self.a,self.n,self.b,self.m = nn.Conv2d(ni, nf, 3, stride, 1, bias=False),nn.BatchNorm2d(nf),nn.Conv2d(nf, nf, 3, 1, 1),nn.BatchNorm2d(nf)
+        self.short = nn.Conv2d(ni, nf, 1, stride)
+    def forward(self, x): return F.relu(self.m(self.b(F.relu_(self.n(self.a(x))))) + self.short(x))
+
+class Mobile(nn.Module):
+    "Inverted residual with squeeze-and-excite"
+    def __init__(self, n, act):
+        super().__init__()
+        self.expand,self.norm = nn.Conv2d(n, 2*n, 1, bias=False),nn.BatchNorm2d(2*n)
+        self.depth,self.act = nn.Conv2d(2*n, 2*n, 5, 1, 2, groups=2*n, bias=False),act
+        self.down,self.up,self.project = nn.Conv2d(2*n, 4, 1),nn.Conv2d(4, 2*n, 1),nn.Conv2d(2*n, n, 1)
+    def forward(self, x):
+        y = self.act(self.depth(self.act(self.norm(self.expand(x)))))
+        y = y*torch.sigmoid(self.up(F.silu(self.down(F.adaptive_avg_pool2d(y, 1)))))
+        return x + self.project(y)
+
+class Dense(nn.Module):
+    "Concatenations, a lone BatchNorm, pooling"
+    def __init__(self, n):
+        super().__init__()
+        self.norm,self.conv,self.last = nn.BatchNorm2d(n),nn.Conv2d(n, 8, 3, padding=1),nn.Conv2d(n + 8, 8, 1)
+    def forward(self, x):
+        y = torch.cat([x, self.conv(F.relu(self.norm(x)))], 1)
+        return F.avg_pool2d(F.relu(self.last(F.max_pool2d(F.relu(y), 3, 2, 1))), 2)
+
+def tail(n): return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(.5), nn.Linear(n, 7)]
+
+nets = dict(
+    plain=lambda: nn.Sequential(nn.Conv2d(3, 16, 5, 2, 2), nn.BatchNorm2d(16), nn.ReLU6(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(16, 24, 3), nn.LeakyReLU(.1), *tail(24)),
+    residual=lambda: nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(inplace=True), Residual(16, 16), Residual(16, 24, 2), *tail(24)),
+    mobile=lambda: nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.Hardswish(), Mobile(16, nn.SiLU()), Mobile(16, nn.ReLU6()), *tail(16)),
+    dense=lambda: nn.Sequential(nn.Conv2d(3, 12, 3, 1, 1), Dense(12), nn.Conv2d(8, 8, 3, 1, 2, 2, groups=2), *tail(8)))
+
+@pytest.mark.parametrize('name', nets)
+def test_outputs_are_equal(name):
+    fast = check(sparse(nets[name]()), torch.randn(2, 3, 21, 34))
+    runs = how(fast)
+    assert all(runs[n] == 'sparse' for n in runs if n in fast.plan), runs
+    allowed = dict(plain={'flatten'}, residual={'flatten'}, mobile={'flatten', 'sigmoid', 'sigmoid_1'}, dense={'flatten', 'avg_pool2d'})[name]
+    assert {n for n in runs if runs[n] == 'PyTorch'} <= allowed, runs
+
+def test_dense_and_sparse_layers_mix():
+    m = sparse(nets['residual']())
+    names,x = list(all_sparse(m)),torch.randn(1, 3, 16, 16)
+    for odd in (0, 1): check(m, x, {n: 'sparse' if i % 2 == odd else 'dense' for i,n in enumerate(names)})
+    check(m, x, {n: 'dense' for n in names})
+
+def test_measured_rule_leaves_no_layer_open():
+    m = sparse(nets['residual']())
+    fast = check(m, torch.randn(1, 3, 16, 16), None)
+    assert set(fast.plan) == set(all_sparse(m)) and set(fast.plan.values()) <= {'sparse', 'dense'}
+
+def test_model_is_untouched():
+    m = sparse(nets['residual']()).train()
+    m[2].eval()
+    before,modes = copy.deepcopy(m.state_dict()),[l.training for l in m.modules()]
+    x = torch.randn(2, 3, 16, 16)
+    y,fast = x.clone(),fast_cpu(m, x)
+    assert all(torch.equal(before[k], v) for k,v in m.state_dict().items()) and modes == [l.training for l in m.modules()] and torch.equal(x, y)
+    out = fast(x).clone()
+    with torch.no_grad(): [p.zero_() for p in m.parameters()]
+    assert torch.equal(fast(x), out) # a copy: what happens to the model later does not matter
+
+def test_batches_and_other_sizes():
+    m = sparse(nets['residual']())
+    fast = fast_cpu(m, torch.randn(1, 3, 16, 16), all_sparse(m))
+    with torch.no_grad():
+        for shape in ((5, 3, 16, 16), (1, 3, 17, 23), (3, 3, 8, 8), (1, 3, 16, 16)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(fast(x), m(x), rtol=1e-4, atol=1e-4)
+    assert len(fast.programs) == 3
+
+def test_results_of_two_calls_do_not_share_memory():
+    m = sparse(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()))
+    fast = fast_cpu(m, torch.randn(1, 3, 8, 8), all_sparse(m))
+    x = torch.randn(1, 3, 8, 8)
+    first = fast.first(x)[0]
+    kept = first.clone()
+    fast.first(torch.randn(1, 3, 8, 8))
+    assert torch.equal(first, kept)
+
+def test_plan_through_json():
+    m,x = sparse(nets['residual']()),torch.randn(1, 3, 16, 16)
+    fast = fast_cpu(m, x)
+    again = fast_cpu(m, x, json.loads(json.dumps(fast.plan)))
+    assert again.plan == fast.plan and how(again) == how(fast) and 'as the given plan says' in repr(again)
+    with pytest.raises(ValueError, match="names '0.conv'.*not among the layers"): fast_cpu(m, x, {'0.conv': 'sparse'})
+    with pytest.raises(ValueError, match="'sparse' or 'dense'"): fast_cpu(m, x, {'0': 'quick'})
+
+def test_plan_says_what_runs_how():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.up = nn.Conv2d(3, 8, 3, padding=1),nn.ConvTranspose2d(8, 4, 2, 2)
+        def forward(self, x): return self.up(F.softplus(self.conv(x))).cumsum(1)
+    m = sparse(Odd())
+    fast = check(m, torch.randn(2, 3, 9, 9))
+    assert how(fast) == {'conv': 'sparse', 'softplus': 'PyTorch', 'conv_transpose2d': 'PyTorch', 'cumsum': 'PyTorch'}
+    assert all(w in repr(fast) for w in ('FastNetwork for (2, 3, 9, 9)', 'conv ', 'softplus', 'PyTorch'))
+
+def test_padding_of_a_maximum_over_negative_values():
+    m = sparse(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.MaxPool2d(3, 2, 1)))
+    m[0].bias.data -= 100
+    assert how(check(m, torch.randn(1, 3, 9, 9)))['max_pool2d'] == 'PyTorch'
+
+def test_in_place_operations_reach_later_users():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b = nn.Conv2d(3, 8, 3, padding=1),nn.Conv2d(8, 8, 3, padding=1)
+        def forward(self, x):
+            y = self.a(x)
+            z = self.b(y.relu_())
+            return z.add_(y) + y
+    check(sparse(Net()), torch.randn(1, 3, 9, 9))
+
+def test_structured_outputs_and_several_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        def forward(self, x, y): return dict(sum=self.conv(x) + self.conv(y), both=(x, self.conv(y)))
+    m,x = sparse(Two()),(torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8))
+    fast = fast_cpu(m, x)
+    fast.first.run = fast.first.output
+    with torch.no_grad(): got,wanted = fast(*x),m(*x)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+def test_layer_without_weights_left_and_many_zero_channels():
+    m = sparse(nets['residual']())
+    m[2].a.weight.data.zero_()
+    m[3].b.weight.data[5:] = 0
+    check(m, torch.randn(1, 3, 16, 16))
+
+@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('k,s,p,d,g', [(3, 1, 1, 1, 1), (5, 2, 2, 1, 8), (1, 1, 0, 1, 1), (7, 3, 2, 1, 2), (2, 2, 0, 1, 1), (3, 2, 2, 2, 1)])
+def test_layers(k, s, p, d, g, threads):
+    torch.set_num_threads(threads)
+    x,w,b = torch.randn(2, 8, 15, 11),torch.randn(16, 8//g, k, k),torch.randn(16)
+    w[torch.rand_like(w) < .7] = 0
+    wanted,window = F.conv2d(x, w, b, s, p, d, g).clamp(0, 6),Window((k, k), (s, s), (p, p), (d, d))
+    pads = padding_needed(window, x.shape, wanted.shape)
+    if x.shape[2:] == wanted.shape[2:]: pads = (max(pads),)*2
+    source,out = Planes(x.shape, pads[0]),Planes(wanted.shape, pads[1])
+    source.view.copy_(x)
+    TapLayer(conv_taps(w, g), window, source, out, b, lo=0., hi=6.)()
+    torch.testing.assert_close(out.view, wanted, rtol=1e-5, atol=1e-5)
+    assert out.data.count_nonzero() == wanted.count_nonzero() # nothing between the rows
+
+def test_nan_is_not_hidden_by_a_relu():
+    m = sparse(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), 0)
+    x = torch.randn(1, 3, 8, 8)
+    fast = fast_cpu(m, x, all_sparse(m))
+    x[0, 0, 3, 3] = float('nan')
+    assert fast.first(x)[0].isnan().sum() == 8*9
+
+def test_errors():
+    m,x = sparse(nets['plain']()),torch.randn(1, 3, 16, 16)
+    with pytest.raises(ValueError, match='float32.*bfloat16'): fast_cpu(m, x.bfloat16())
+    with pytest.raises(ValueError, match='float32.*float16'): fast_cpu(copy.deepcopy(m).half(), x)
+    with pytest.raises(ValueError, match='on the processor.*meta'): fast_cpu(copy.deepcopy(m).to('meta'), x)
+    class Moody(nn.Module):
+        def forward(self, x): return x if x.sum() > 0 else -x
+    with pytest.raises(ValueError, match='torch.export.*depends on a tensor'): fast_cpu(Moody(), x)
+
+def test_without_llvmlite(monkeypatch):
+    monkeypatch.setattr(kernels, 'llvm', None)
+    with pytest.raises(ImportError, match=r"pip install 'fasterprune\[fast\]'"): fast_cpu(nn.Conv2d(3, 8, 3), torch.randn(1, 3, 8, 8))
+
+def test_slower_program_is_put_aside(monkeypatch):
+    m,x = sparse(nets['plain'](), 0),torch.randn(1, 3, 16, 16)
+    monkeypatch.setattr(engine, 'race', lambda *calls, seconds=1.: [2.]*(len(calls)-1) + [1.])
+    fast = fast_cpu(m, x)
+    with torch.no_grad(): assert torch.equal(fast(x), m(x))
+    assert not fast.first.used and 'PyTorch, which is faster' in repr(fast)
+
+def test_multiplications():
+    m = nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1, groups=2), nn.ConvTranspose2d(8, 4, 2, 2), nn.Flatten(2), nn.Linear(64, 5))
+    m[0].weight.data[0] = 0
+    assert multiplications(m, torch.randn(3, 4, 8, 8)) == {'0': (16*8*18, 16*7*18), '1': (16*8*4*4,)*2, '3': (4*64*5,)*2}
+    assert m.training
+
+def test_by_multiplications_reaches_both_targets():
+    m,x = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.MaxPool2d(4), nn.Conv2d(32, 64, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(64, 128, 3, padding=1)),torch.randn(1, 3, 32, 32)
+    names = ['0', '2', '4']
+    shapes,dense = [m.get_submodule(n).weight.shape for n in names],[multiplications(m, x)[n][0] for n in names]
+    context = by_multiplications(m, x, .9, .15)
+    kept,sizes = 1 - np.array(context(.9, shapes, names)),np.array([s.numel() for s in shapes])
+    assert abs(kept@sizes/sizes.sum() - .1) < 1e-3 and abs(kept@dense/sum(dense) - .15) < 1e-3
+    assert all(0 <= s < 1 for s in context(.3, shapes, names))
