@@ -99,7 +99,8 @@ _sched_help = ("a schedule is a function (start, end, pos) -> sparsity, such as 
 def _check_call(sched, end):
     if not callable(sched) or isinstance(sched, type): raise TypeError(f"schedule got {sched!r}; {_sched_help}")
     try: inspect.signature(sched).bind(0., end, 0.)
-    except TypeError as e: raise TypeError(f"schedule {schedule_name(sched)} cannot be called as (start, end, pos): {e}; {_sched_help}") from None
+    except TypeError as e: raise TypeError(
+        f"schedule {schedule_name(sched)} cannot be called as (start, end, pos): {e}; {_sched_help}") from None
     except ValueError: pass # a builtin without a signature
 
 # %% ../nbs/00_schedules.ipynb #129d8693
@@ -120,7 +121,7 @@ def check_schedule(
     regrow:bool=False, # May the sparsity go down?
     n_steps:int=0, # Number of steps of the training, to try it at each of them as well
 ) -> Callable: # `sched`, unchanged
-    "Try `sched` from 0 to `end` at 201 points and at every step; raise `TypeError` or `ValueError` with what is allowed if it is no schedule."
+    "Try `sched` from 0 to `end` at 201 points and at every step; `TypeError` or `ValueError` with what is allowed otherwise."
     _check_call(sched, end)
     for pos in sorted({i/n for n in (200, n_steps) for i in range(n+1) if n}): _check_value(sched, sched(0., end, pos), pos, end)
     tenths = [float(sched(0., end, i/10)) for i in range(11)]
