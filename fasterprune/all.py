@@ -9,8 +9,8 @@ __all__ = []
 from .schedules import (plot_schedules, sched_agp, sched_between, sched_dsd, sched_imp, sched_iterative, sched_onecycle,
                                    sched_onecycle_log, sched_oneshot, schedule_name)
 from .criteria import (elementwise, gradient_magnitude, large_final, large_init, large_init_large_final, magnitude, magnitude_increase,
-                                  movement, movement_magnitude, random_score, small_final, small_init, small_init_small_final, squared, taylor,
-                                  updating_magnitude_increase, updating_movement, updating_movement_magnitude, wanda)
+                                  movement, movement_magnitude, random_score, small_final, small_init, small_init_small_final, squared,
+                                  taylor, updating_magnitude_increase, updating_movement, updating_movement_magnitude, wanda)
 from .granularity import Granularity, granularities
 from .contexts import erk, lamp, uniform
 from .layers import find_layers

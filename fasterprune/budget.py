@@ -21,11 +21,13 @@ def _check_together(granularity, context, coupled):
     "What does not go together, whatever the network"
     check_granularity(granularity)
     if not isinstance(coupled, bool):
-        raise TypeError(f"coupled got {coupled!r}; it is True (filters that make the same channels, through a residual sum for instance, are pruned as one) or False")
+        raise TypeError(f"coupled got {coupled!r}; it is True (filters that make the same channels, "
+                        "through a residual sum for instance, are pruned as one) or False")
     if coupled and (granularity == 'weight' or final_sparsity(granularity) < 1):
         raise ValueError(f"coupled=True is for whole filters; granularity got {granularity!r}: pass granularity='filter'")
     if final_sparsity(granularity) < 1 and check_context(context) not in (uniform, unscaled): raise ValueError(
-        f"context {context!r} gives layers different sparsities, but the pattern {granularity!r} fixes the same for each: use 'local' or 'global'")
+        f"context {context!r} gives layers different sparsities, but the pattern {granularity!r} fixes the same for each: "
+        "use 'local' or 'global'")
 
 def best_context(
     granularity:str|tuple='weight', # As for `SparsifyCallback`

@@ -27,9 +27,9 @@ class SparsifyCallback(ZerosCallback):
     "Prune the network while it trains, so that it ends at exactly `sparsity`."
     _overshot = False
     def __init__(self,
-        sparsity:float|dict, # Fraction of the weights in scope to be zero at the end, in [0, 1), or a dict from layer name to such fractions
+        sparsity:float|dict, # Fraction of the weights in scope that is zero at the end, in [0, 1), or a dict from layer names to fractions
         granularity:str|tuple='weight', # Blocks that live and die together: 'weight', 'kernel', 'filter', …, or a pattern such as '2:4'
-        context:str|Callable|None=None, # How the sparsity is distributed: 'local', 'erk', 'global', 'lamp', a function (see `check_context`); `best_context` if None
+        context:str|Callable|None=None, # How it is distributed: 'local', 'erk', 'global', 'lamp', a function; `best_context` if None
         criteria:Callable=magnitude, # Scores ≥ 0 from a layer's tensors; the largest are kept
         schedule:Callable=sched_onecycle_log, # Function `(start, end, pos) -> sparsity`
         start_epoch:int=0, # Epoch at which the schedule begins
@@ -49,7 +49,8 @@ class SparsifyCallback(ZerosCallback):
         if not 0 <= min_change < 1: raise ValueError(f"min_change got {min_change}; it is a fraction of the surviving weights, in [0, 1)")
         if isinstance(sparsity, dict): layers,exclude = list(sparsity),()
         self.schedule,self.start_epoch,self.end_epoch,self.min_change = schedule,start_epoch,end_epoch,min_change
-        self.how = dict(granularity=granularity, context=context, criteria=criteria, layers=layers, exclude=exclude, regrow=regrow, coupled=coupled)
+        self.how = dict(granularity=granularity, context=context, criteria=criteria, layers=layers, exclude=exclude,
+                        regrow=regrow, coupled=coupled)
 
     def _targets(self): return list(self.target.values()) if isinstance(self.target, dict) else [self.target]
 
@@ -113,7 +114,8 @@ def _trains(group): return all(l.module.weight.requires_grad for l in group.laye
 def _check_phase(self:SparsifyCallback):
     n = self.learn.n_epoch
     if self.start_epoch < self._end() <= n: return
-    raise ValueError(f"pruning from start_epoch={self.start_epoch} to end_epoch={self.end_epoch} does not fit into a training of {n} epochs")
+    raise ValueError(f"pruning from start_epoch={self.start_epoch} to end_epoch={self.end_epoch} "
+                     f"does not fit into a training of {n} epochs")
 
 @patch
 def _end(self:SparsifyCallback): return self._n_epoch if self.end_epoch is None else self.end_epoch
@@ -130,7 +132,8 @@ def _tell_sparser(self:SparsifyCallback, sp, budget):
     if sp.regrow: return
     for groups,k in budget:
         n,pruned = sum(g.n for g in groups),sum(g.n_pruned for g in groups)
-        if pruned > k: tell(f"{shortened((g.name for g in groups), 3)} already has {pruned/n:.2%} zeros, more than the {k/n:.2%} asked for: "
+        names = shortened((g.name for g in groups), 3)
+        if pruned > k: tell(f"{names} already has {pruned/n:.2%} zeros, more than the {k/n:.2%} asked for: "
                             "pruned stays pruned (regrow=True lets weights grow back)")
 
 # %% ../nbs/10_callback.ipynb #5d15968a

@@ -83,8 +83,8 @@ _context_help = ("it is one of local, erk, global, lamp, or a function: of some 
 
 def _required(f):
     bound = f.keywords if isinstance(f, partial) else ()
-    ps = [p for p in inspect.signature(f).parameters.values() if p.name not in bound and p.kind is not p.VAR_KEYWORD]
-    ps = [p for p in ps if p.default is p.empty]
+    ps = [p for p in inspect.signature(f).parameters.values() if p.name not in bound]
+    ps = [p for p in ps if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     if any(p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) for p in ps): raise TypeError("parameters need names")
     names = tuple(p.name for p in ps)
     return shares_inputs[:3] if names[1:] == shares_inputs[1:3] else names # the first of three may have any name

@@ -196,8 +196,8 @@ _criteria_help = (f"a criterion is a function whose parameters are among {', '.j
 def _required(f):
     "The parameters of `f` that have no value yet, by name"
     bound = f.keywords if isinstance(f, partial) else ()
-    ps = [p for p in inspect.signature(f).parameters.values() if p.name not in bound and p.kind is not p.VAR_KEYWORD]
-    return [p for p in ps if p.default is p.empty]
+    ps = [p for p in inspect.signature(f).parameters.values() if p.name not in bound]
+    return [p for p in ps if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
 
 # %% ../nbs/01_criteria.ipynb #dc8a992e
 def check_criteria(
@@ -208,7 +208,8 @@ def check_criteria(
     if not callable(f) or isinstance(f, type): raise TypeError(f"criteria got {f!r}; {_criteria_help}")
     try: wants = _required(f)
     except (TypeError, ValueError): raise TypeError(
-        f"criteria {name!r} is written in C and does not tell its parameters: wrap it in a lambda; {_criteria_help}") from None
+        f"criteria {name!r} does not tell its parameters, as functions written in C do not: "
+        f"wrap it in a lambda; {_criteria_help}") from None
     bad = [p.name for p in wants if p.name not in criteria_inputs or p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
     if bad or not wants: raise TypeError(f"criteria {name!r} wants {', '.join(bad) or 'nothing'}; {_criteria_help}")
     return tuple(p.name for p in wants)

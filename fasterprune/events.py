@@ -106,7 +106,8 @@ def _pct(self:ZerosCallback):
     return (self._epoch + self.learn.iter/self._n_iter) / self._n_epoch
 
 # %% ../nbs/09a_events.ipynb #182945cb
-_writing_events = ('after_step', 'after_cancel_step', 'after_cancel_batch', 'after_batch', 'before_batch', 'before_train', 'before_epoch', 'after_epoch')
+_writing_events = ('after_step', 'after_cancel_step', 'after_cancel_batch', 'after_batch', 'before_batch', 'before_train',
+                   'before_epoch', 'after_epoch')
 
 def _is_fastai(cb): return type(cb).__module__.split('.')[0] == 'fastai'
 
@@ -143,6 +144,7 @@ def _step(self:ZerosCallback):
     self._prune()
     self._hold(moved=not self._strangers)
 
+# %% ../nbs/09a_events.ipynb #9cd371e2
 @patch
 def _start(self:ZerosCallback):
     "First batch of a fit"

@@ -41,7 +41,8 @@ def weight_unview(
 def _with_shared(**names): return names | {f'shared_{k}': ('out', *v) for k,v in names.items()}
 
 _1d = _with_shared(weight=(), channel=('in',), kernel=('w',))
-_2d = _with_shared(weight=(), channel=('in',), column=('h',), row=('w',), kernel=('h','w'), vertical_slice=('in','h'), horizontal_slice=('in','w'))
+_2d = _with_shared(weight=(), channel=('in',), column=('h',), row=('w',), kernel=('h','w'),
+                   vertical_slice=('in','h'), horizontal_slice=('in','w'))
 _3d = _with_shared(weight=(), channel=('in',), tube=('d',), column=('h',), row=('w',), kernel=('d','h','w'), plane=('h','w'))
 _names = { # by the number of kernel dimensions
     0: dict(weight=(), row=('in',), filter=('in',), column=('out',), shared_weight=('out',)),
@@ -85,7 +86,8 @@ def check_granularity(
     dims = ('out','in','d','h','w')
     if isinstance(granularity, str) and (granularity in names or nm_pattern(granularity)): return granularity
     if isinstance(granularity, (tuple, list)) and set(granularity) < set(dims): return granularity
-    raise ValueError(f"granularity got {granularity!r}; known are {', '.join(names)}, patterns such as '2:4', and tuples of the dimensions {', '.join(dims)}")
+    raise ValueError(f"granularity got {granularity!r}; known are {', '.join(names)}, patterns such as '2:4', "
+                     f"and tuples of the dimensions {', '.join(dims)}")
 
 # %% ../nbs/02_granularity.ipynb #e46a0102
 def final_sparsity(

@@ -64,12 +64,12 @@ def _weight(name, module):
     "The weight of a layer that can be pruned; `ValueError` if it cannot"
     w = module._parameters.get('weight')
     leave = f"or leave the layer out with exclude={[name]}"
-    if w is None: raise ValueError(f"the weight of layer {name} is computed from other parameters (weight_norm, spectral_norm or alike), so zeros "
-                                   f"written to it would not last: remove the reparametrisation first, {leave}")
+    if w is None: raise ValueError(f"the weight of layer {name} is computed from other parameters (weight_norm, spectral_norm or alike), "
+                                   f"so zeros written to it would not last: remove the reparametrisation first, {leave}")
     if isinstance(w, nn.UninitializedParameter) or w.is_meta:
         raise ValueError(f"the weight of layer {name} has no values yet: run a batch through the model (or load it) first")
-    if w.dtype not in _dtypes: raise ValueError(f"the weight of layer {name} is {w.dtype}; only real floating point weights of 16 bits and more can be pruned: "
-                                                f"convert it, {leave}")
+    if w.dtype not in _dtypes: raise ValueError(
+        f"the weight of layer {name} is {w.dtype}; only real floating point weights of 16 bits and more can be pruned: convert it, {leave}")
     return w
 
 # %% ../nbs/02a_layers.ipynb #ee555be6
@@ -87,7 +87,8 @@ def find_layers(
         w = _weight(name, module)
         if w.numel() and id(w) not in found: found[id(w)] = name,module
     if found: return dict(found.values())
-    raise ValueError(f"no layer to prune: layers={layers} and exclude={exclude} leave none of the model's prunable layers, {shortened(_prunable(model))}")
+    raise ValueError(f"no layer to prune: layers={layers} and exclude={exclude} leave none of the model's prunable layers, "
+                     f"{shortened(_prunable(model))}")
 
 # %% ../nbs/02a_layers.ipynb #083b4e5c
 _functions = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d, nn.functional.linear,

@@ -156,17 +156,6 @@ def _taken_over(group):
     if mask is not None: group.set(mask)
     return group
 
-# %% ../nbs/07_masks.ipynb #50d75e95
-def _whole(graph_group, rows):
-    whole = list(range(graph_group.n))
-    return all(list(channels) == whole and list(of) == whole for _,_,channels,of in rows)
-
-def _why_dense(graph_group):
-    "Why the layers of a group cannot be pruned as one; '' if they can"
-    if not graph_group.readers: return 'making the output of the network'
-    if not _whole(graph_group, graph_group.writers): return 'coupled in parts only'
-    return ''
-
 # %% ../nbs/07_masks.ipynb #eb896993
 def coupled_groups(
     model:nn.Module, # The network
@@ -177,8 +166,7 @@ def coupled_groups(
     mine,groups,dense = {l.module: l for l in layers},[],{}
     for g in ChannelGraph(model, sample).groups():
         here = [mine.pop(w[1]) for w in g.writers if w[1] in mine]
-        why = _why_dense(g)
-        if why: dense |= {l.name: why for l in here}
+        if g.dense: dense |= {l.name: g.dense for l in here}
         elif here: groups.append(_coupled(model, g, here, sample))
     return groups, dense | {l.name: 'not seen on the sample' for l in mine.values()}
 

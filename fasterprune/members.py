@@ -105,7 +105,8 @@ def begin_anew(self:PrunedLayer,
     w,first = self.weight,torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
     bound = .01/math.sqrt(w[0].numel())
     new = torch.empty(w.shape).uniform_(-bound, bound, generator=first).to(w)
-    weight_view(self.module, w).copy_(torch.where(grown.to(w.device).view(self.blocks.shape), weight_view(self.module, new), weight_view(self.module, w)))
+    old,new = weight_view(self.module, w),weight_view(self.module, new)
+    old.copy_(torch.where(grown.to(w.device).view(self.blocks.shape), new, old))
 
 # %% ../nbs/06a_members.ipynb #2bdc293d
 class Entries(Member):
@@ -147,7 +148,8 @@ def from_weight(self:PrunedLayer,
 ) -> Tensor: # bool, 1-d, one for each block, where the weight is
     "The inverse of `as_weight`; `ValueError` if `mask` does not fit the weight or its blocks."
     w = self.weight
-    if mask.shape != w.shape: raise ValueError(f"the mask of layer {self.name} has the shape {tuple(mask.shape)}; its weight has {tuple(w.shape)}")
+    if mask.shape != w.shape: raise ValueError(
+        f"the mask of layer {self.name} has the shape {tuple(mask.shape)}; its weight has {tuple(w.shape)}")
     mask = mask.to(w.device, torch.bool)
     row = self.flat(mask) if self.blocks.single else ~self.blocks.zero(weight_view(self.module, mask)).flatten()
     if torch.equal(self.as_weight(row), mask.cpu()): return row.clone()

@@ -121,7 +121,7 @@ def check_schedule(
     regrow:bool=False, # May the sparsity go down?
     n_steps:int=0, # Number of steps of the training, to try it at each of them as well
 ) -> Callable: # `sched`, unchanged
-    "Try `sched` from 0 to `end` at 201 points and at every step; `TypeError` or `ValueError` with what is allowed otherwise."
+    "Try `sched` from 0 to `end` at 201 points and at every step; `TypeError` or `ValueError` with what is allowed."
     _check_call(sched, end)
     for pos in sorted({i/n for n in (200, n_steps) for i in range(n+1) if n}): _check_value(sched, sched(0., end, pos), pos, end)
     tenths = [float(sched(0., end, i/10)) for i in range(11)]

@@ -33,14 +33,16 @@ def bad_scores(
 ) -> ValueError: # To raise
     "What went wrong: the weights themselves, or the criterion."
     check_finite(layer)
-    return ValueError(f"criteria {_name(criteria)} gave scores from {lo:g} to {hi:g} for layer {layer.name}; scores must be finite and at least 0")
+    return ValueError(f"criteria {_name(criteria)} gave scores from {lo:g} to {hi:g} for layer {layer.name}; "
+                      "scores must be finite and at least 0")
 
 def check_finite(
     layer:PrunedLayer, # Any layer
 ):
     "`ValueError` that names the layer if one of its weights is NaN or infinite."
     if layer.weight.isfinite().all(): return
-    raise ValueError(f"layer {layer.name} has weights that are not finite (NaN or inf), so nothing was pruned; is the learning rate too high?")
+    raise ValueError(f"layer {layer.name} has weights that are not finite (NaN or inf), so nothing was pruned; "
+                     "is the learning rate too high?")
 
 # %% ../nbs/07a_scores.ipynb #8812b890
 def _as_scores(s, criteria, layer, shape=None):
@@ -48,7 +50,8 @@ def _as_scores(s, criteria, layer, shape=None):
     wanted = layer.weight.shape if shape is None else shape
     if not isinstance(s, Tensor) or s.shape != wanted:
         got = tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__
-        raise ValueError(f"criteria {_name(criteria)} gave {got} for layer {layer.name}; it must give a tensor in the shape of the weight, {tuple(wanted)}")
+        raise ValueError(f"criteria {_name(criteria)} gave {got} for layer {layer.name}; "
+                         f"it must give a tensor in the shape of the weight, {tuple(wanted)}")
     s = s.detach()
     return s if s.dtype in (torch.float32, torch.float64) else s.float()
 
@@ -81,13 +84,19 @@ class LazyScores:
         return s.numpy()
 
 # %% ../nbs/07a_scores.ipynb #e4778b0d
-def _lazy(criteria, layer): return is_elementwise(criteria) and layer.blocks.single and layer.blocks.pattern is None and layer.weight.device.type == 'cpu'
+def _lazy(criteria, layer):
+    plain = layer.blocks.single and layer.blocks.pattern is None
+    return plain and layer.weight.device.type == 'cpu' and is_elementwise(criteria)
+
+def _spare(layer, view, mask):
+    "Infinite scores for what a pattern does not let go"
+    if mask is not None: mask = weight_view(layer.module, layer.over_weight(mask))
+    return view.masked_fill(~layer.blocks.prunable(view, mask), torch.inf)
 
 def _pooled(layer, criteria, inputs, mask):
     s = _checked(_as_scores(criteria(**inputs), criteria, layer), criteria, layer)
     view = weight_view(layer.module, s)
-    if layer.blocks.pattern is None: s = layer.blocks.pool(view)
-    else: s = view.masked_fill(~layer.blocks.prunable(view, None if mask is None else weight_view(layer.module, layer.over_weight(mask))), torch.inf)
+    s = layer.blocks.pool(view) if layer.blocks.pattern is None else _spare(layer, view, mask)
     return layer.flat(weight_unview(layer.module, s)) if layer.blocks.single else s.reshape(-1)
 
 def layer_scores(

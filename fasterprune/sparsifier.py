@@ -63,7 +63,8 @@ def _grouped(model, layers, coupled, sample, regrow):
 def _coupled(model, layers, sample):
     if sample is None: raise ValueError("which filters are coupled is seen on a sample: pass sample=, a batch of inputs for the model")
     odd = [l for l in layers if not l.blocks.whole_outputs]
-    if odd: raise ValueError(f"coupled=True is for whole filters, and the blocks of layer {odd[0].name} are none: pass granularity='filter'")
+    if odd: raise ValueError(f"coupled=True is for whole filters, and the blocks of layer {odd[0].name} are none: "
+                             "pass granularity='filter'")
     groups,dense = coupled_groups(model, layers, sample)
     if groups: return groups, dense
     raise ValueError(f"coupled=True leaves no layer to prune: {shortened(f'{n} ({why})' for n,why in dense.items())}")
@@ -96,11 +97,13 @@ def _changes(groups, k, regrow):
     pruned = sum(g.n_pruned for g in groups)
     return k > pruned or regrow and k < pruned
 
+_rescued = "these layers would have lost every block to the common threshold, the best block of each was kept"
+
 @patch
 def _write(self:Sparsifier, todo, selected, regrow):
     "Masks, and the memory of criteria that compare with the previous pruning"
     for (groups,_),found in zip(todo, selected):
-        self._tell([groups[i].name for i in found.rescued], "these layers would have lost every block to the common threshold, the best block of each was kept")
+        self._tell([groups[i].name for i in found.rescued], _rescued)
         for g,mask,n in zip(groups, found.masks, found.n_pruned):
             with torch.no_grad(): g.set(mask, n, wake=regrow)
             g.apply()

@@ -36,7 +36,7 @@ def test_rounds_prune_the_same_fraction_of_the_survivors_and_masks_are_nested(le
 
 def test_the_first_imp_round_is_dense_training_and_one_magnitude_cut(learner):
     "The oracle: train densely with the same seed, cut by hand"
-    ticket = quietly(find_ticket, learner(seed=3), 2, 1e-2, sparsity=.75, schedule=sched_imp, seed=5)
+    ticket = quietly(find_ticket, learner(seed=3), 2, 1e-2, sparsity=.75, context='local', schedule=sched_imp, seed=5)
     dense = learner(seed=3)
     from fastai.torch_core import set_seed
     set_seed(5)
@@ -81,7 +81,7 @@ def test_a_layer_that_begins_at_zero_can_still_learn(learner):
     net = conv_net()
     nn.init.zeros_(net[6].weight)
     learn = learner(model=net)
-    ticket = quietly(find_ticket, learn, 2, 1e-2, sparsity=.5, rounds=2, seed=0)
+    ticket = quietly(find_ticket, learn, 2, 1e-2, sparsity=.5, context='local', rounds=2, seed=0)
     assert not learn.model[6].weight.any() and int(ticket.masks['6'].sum()) == round(.5*ticket.masks['6'].numel())
     quietly(train_ticket, learn, ticket, 2, 1e-2, seed=0)
     w,m = learn.model[6].weight,ticket.masks['6']

@@ -7,7 +7,7 @@ from safetensors.numpy import load as load_arrays, save as save_arrays
 from torch import nn
 from fasterprune.all import *
 from fasterprune.packing import *
-from fasterprune.storage import _head, _mark, _name
+from fasterprune.storage import _head, _mark, _name, pack_state, unpack_state
 from conftest import conv_net, fit
 
 def bits(t): return t.detach().resolve_conj().resolve_neg().flatten().clone().as_strided((t.numel(),), (1,)).view(torch.uint8).numpy().tobytes()
