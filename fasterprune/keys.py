@@ -36,6 +36,7 @@ def _kth_key(keys, k):
         t = torch.where((keys < higher).sum() < k, higher, t)
     return t
 
+# %% ../nbs/04b_keys.ipynb #788030b3
 def _spare_best(part):
     "Make the key of the best the largest of all, unless everything is pruned; gives what it was"
     best,at = part.max(0, keepdim=True)
@@ -48,6 +49,7 @@ def _up_to(keys, t, quota):
     tied = keys == t
     return (keys < t) | tied & (tied.cumsum(0, dtype=torch.int32) <= quota)
 
+# %% ../nbs/04b_keys.ipynb #7677ad03
 def _gone_as_they_are(keys, parts, k):
     "Which of each array are among the `k` smallest, and which arrays are rescued"
     several = len(parts) > 1
@@ -68,6 +70,7 @@ def _from_the_end(x):
         d *= 2
     return x
 
+# %% ../nbs/04b_keys.ipynb #8cb70b3e
 def _unit(key, dtype):
     "A power of two so that the score of `key`, the largest of its array, is between 1 and 4 when multiplied by it"
     exponent,shift,top = (key >> 23, 23, 254) if key.dtype == torch.int32 else (key >> 52, 52, 2046)
@@ -107,6 +110,7 @@ def _compared(rows, keys, tails, unit, by_tail):
     limits,scores = torch.finfo(rows.wide),_as_scores(keys).to(rows.wide) * unit
     return torch.where(keys < 0, -1., by_tail(scores, tails.clamp(min=limits.tiny)).clamp(max=limits.max))
 
+# %% ../nbs/04b_keys.ipynb #d6af3442
 def _likely(rows, k, by_tail):
     "The rows that the threshold can be in; and how many rows of each array come before the first of these"
     n,m = len(rows.keys),len(rows.sizes)
@@ -121,7 +125,7 @@ def _likely(rows, k, by_tail):
 
 # %% ../nbs/04b_keys.ipynb #6b0f2401
 def _inside(rows, likely, by_tail):
-    "What is compared of everything in some rows, and the array of each; infinite for the best of each array, which stays"
+    "What is compared in some rows, and the array of each row; infinite for the best of each array, which stays, and where nothing is"
     n = len(rows.keys)
     there,r = likely < n, likely.clamp(max=n-1)
     keys,unit,array = rows.keys[r],rows.unit[r][:,None],rows.array[r]
@@ -131,6 +135,7 @@ def _inside(rows, likely, by_tail):
     spare = (place >= sizes[array][:,None]-1) & (keys >= 0) | ~there[:,None]
     return _compared(rows, keys, tails, unit, by_tail).masked_fill(spare, torch.inf), array
 
+# %% ../nbs/04b_keys.ipynb #96a99be7
 def _counts(compared, array, t, m):
     "How many in each of `m` arrays compare smaller than `t`, and equal to it"
     mine = array[:,None] == torch.arange(m, device=array.device)
@@ -161,6 +166,7 @@ def _gone_of(part, in_order, n):
     rank = tied.cumsum(0, dtype=torch.int32) - alike.int()
     return (part < t) | (part < 0) | tied & (rank <= quota) & ~(alike & (rank == 0))
 
+# %% ../nbs/04b_keys.ipynb #929773ab
 def _gone_by_tail(parts, k, by_tail, wide):
     "As `_gone_as_they_are` for several arrays, by what a score with its tail compares to"
     rows = _Rows(parts, wide)
@@ -197,6 +203,7 @@ def start_on_device(
     rows = torch.stack([_row(g, r, s, keys.dtype) for g,r,s in zip(gone, rescued, scores)])
     return Started([~g for g in gone], rows, np.dtype(f'i{keys.itemsize}'))
 
+# %% ../nbs/04b_keys.ipynb #491f7aa4
 def _by_tail(parts, k, by_tail):
     "Arrays without elements take no part"
     full = [i for i,p in enumerate(parts) if len(p)]
@@ -213,6 +220,7 @@ def answers(
     device = started[0].rows.device
     return torch.cat([s.rows.to(device) for s in started]).tolist()
 
+# %% ../nbs/04b_keys.ipynb #bd0e1998
 def finish(
     started:Started, # Of `start_on_device`
     rows:list, # Its part of `answers`

@@ -30,6 +30,7 @@ class BadScores(ValueError):
         super().__init__(f"array {index} has scores from {lo:g} to {hi:g}; scores must be finite and at least 0")
         self.index,self.lo,self.hi,self.group = index,lo,hi,group
 
+# %% ../nbs/04_selected.ipynb #8b1f396e
 def is_bad(
     lo:float, # The smallest score
     hi:float, # The largest

@@ -24,6 +24,7 @@ def _comparable(s, mask, context):
     if not len(s): return s
     return context(s if mask is None else torch.where(mask, s, 0.))
 
+# %% ../nbs/04c_selection.ipynb #491f3663
 def _in_a_row(scores, masks, context, allow_inf):
     "All that is compared in one row, -1 for what is pruned, and the parts of it that belong to each array"
     for i,s in enumerate(scores): check_scores(_dense(s).cpu().numpy(), i, allow_inf)
@@ -62,6 +63,7 @@ def _compared(scores, masks, context):
     if context is unscaled or hasattr(context, 'by_tail'): return scores, getattr(context, 'by_tail', None)
     return [_comparable(s, m, context) for s,m in zip(scores, masks or [None]*len(scores))], None
 
+# %% ../nbs/04c_selection.ipynb #a6937420
 def _start(scores, k, masks, allow_inf, context, group):
     scores,by_tail = _compared(scores, masks, context)
     if isinstance(scores[0], Tensor) and scores[0].device.type != 'cpu': return start_on_device(scores, k, masks, by_tail)
@@ -95,6 +97,7 @@ def select(
     "Prune the `k` smallest of all scores, at most all but one of each array; `BadScores` for what is no score; changes no argument."
     return select_groups([(scores, k, masks)], allow_inf, context)[0]
 
+# %% ../nbs/04c_selection.ipynb #96073630
 def select_on_device(
     scores:list, # As for `select`, tensors only
     k:int, # As for `select`

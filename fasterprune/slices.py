@@ -16,6 +16,7 @@ __all__ = ['select_in_slices']
 # %% ../nbs/04a_slices.ipynb #6672568a
 _chunk = 1<<17 # scores read in one go: 512 KB of float32
 
+# %% ../nbs/04a_slices.ipynb #53956ba9
 class _Candidates:
     "What is selected among: arrays of scores, and which of them are free to go"
     def __init__(self, scores, masks, allow_inf, by_tail):
@@ -40,6 +41,7 @@ class _Candidates:
             part = slice(start, min(start+_chunk, self.sizes[i]))
             yield part, *self.read(i, part)
 
+# %% ../nbs/04a_slices.ipynb #3287bf04
 def _unit(slices):
     "A power of two in which scores in double precision are measured, so that their squares cannot overflow; 1 in single precision"
     largest = 0.
@@ -60,6 +62,7 @@ def _tails(squares, above=0.):
     if len(tails): tails[0] += above
     return np.maximum(np.cumsum(tails, out=tails), np.finfo(np.float64).tiny)[::-1]
 
+# %% ../nbs/04a_slices.ipynb #781b5c6f
 def _comparable(values, by_tail, above=0.):
     "What is compared of `values`, which are in ascending order; `above` is the sum of the squares of all larger ones"
     if by_tail is None: return values
@@ -72,6 +75,7 @@ def _step(n):
     while math.gcd(step, n) > 1: step -= 1
     return step
 
+# %% ../nbs/04a_slices.ipynb #bb3b6034
 class _Sample:
     "Some of the free scores of array `i`, sorted; how many each stands for; what is compared of each, and how wrong that may be"
     def __init__(self, c, i):
@@ -85,6 +89,7 @@ class _Sample:
         self.comparable = c.by_tail(self.values.astype(np.float64), self.weight*_tails(squares))
         if self.weight > 1: self.error = _tail_error(squares)
 
+# %% ../nbs/04a_slices.ipynb #0d44c9cc
 def _tail_error(squares):
     "Two and a half standard deviations of the tails of a sample, relative to them"
     tails = _tails(squares)
@@ -100,11 +105,13 @@ def _estimate(samples, k):
     sure = 2*max(s.weight for s in samples) + 3*math.sqrt(sum(_variance(s, at(k)) for s in samples))
     return (at(k-sure) if k > sure else -np.inf), (at(k+sure) if k+sure < count[-1] else np.inf)
 
+# %% ../nbs/04a_slices.ipynb #6e901ac5
 def _variance(s, t):
     "Of the number of scores below `t` in an array, as estimated from a sample"
     below = s.comparable.searchsorted(t) / max(1, s.n)
     return 0. if s.weight == 1 else s.weight**2 * s.n * below*(1-below)
 
+# %% ../nbs/04a_slices.ipynb #4648ff7a
 def _bracket(s, lo, hi):
     "The scores of an array between which the threshold lies most probably; all of them if there are few"
     if s.n_free < 1<<13 or s.n < 64: return -1., np.inf
@@ -114,7 +121,7 @@ def _bracket(s, lo, hi):
 
 # %% ../nbs/04a_slices.ipynb #03b88cdb
 def _split(c, x, free, keep, lo, hi):
-    "Write into `keep` what is above `hi`; the scores looked at, which of them are above, inside (lo, hi], and where they come from"
+    "Write into `keep` what is above `hi`; the scores looked at, which of them are above, which inside (lo, hi], and where they come from"
     lo,hi = x.dtype.type(lo),x.dtype.type(hi)
     above,where = np.greater(x, hi, out=keep),None
     inside = np.greater(x, lo, out=c.work[0][:len(x)])
@@ -124,6 +131,7 @@ def _split(c, x, free, keep, lo, hi):
     inside ^= above
     return x, above, inside, where
 
+# %% ../nbs/04a_slices.ipynb #5d2f79df
 def _split_sparse(c, x, free, keep, lo, hi):
     "The same for a slice of which most is pruned"
     where = np.flatnonzero(free)
@@ -133,6 +141,7 @@ def _split_sparse(c, x, free, keep, lo, hi):
     keep[where[above]] = True
     return x, above, (x > x.dtype.type(lo)) ^ above, where
 
+# %% ../nbs/04a_slices.ipynb #067c4f35
 def _square_sum(c, x, above):
     "The sum of the squares of `x` where `above`, in double precision"
     y32,y64 = c.work[1][:len(x)],c.work[2][:len(x)]
@@ -177,11 +186,13 @@ def _pooled_threshold(readings, k):
     pooled.partition(more-1)
     return float(pooled[more-1])
 
+# %% ../nbs/04a_slices.ipynb #517aaffd
 def _misses(r, t):
     "Is `t` below, above the bounds of a reading? Bounds are computed, so they are trusted to nine digits"
     tolerance = 1e-9*abs(t) if math.isfinite(t) else 0.
     return r.n_below > 0 and t <= r.bounds[0]+tolerance, r.n_above > 0 and t >= r.bounds[1]-tolerance
 
+# %% ../nbs/04a_slices.ipynb #58706a41
 def _widened(r, t, tries):
     "A wider bracket, on the side where `t` is missed"
     (lo,hi),(below,above),factor = r.bracket,_misses(r, t),1.1**2**min(tries, 10)
@@ -192,16 +203,20 @@ def _widened(r, t, tries):
 # %% ../nbs/04a_slices.ipynb #e5f07f9a
 def _take_best(c, i):
     "Take the best of array `i` out of those that are free; gives its place and score"
-    best,at = -1.,None
+    best,first,last = -1.,None,None
     for part,x,free in c.slices(i):
         if free is not None: x = np.where(free, x, -1.)
-        j = int(x.argmax())
-        if x[j] > best: best,at = float(x[j]),part.start+j
+        if x.max() < best: continue
+        places = part.start + np.flatnonzero(x == x.max())
+        if x.max() > best: best,first = float(x.max()),int(places[0])
+        last = int(places[-1])
+    at = last if c.by_tail and 0 < best < np.inf else first
     c.free[i] = np.ones(c.sizes[i], dtype=bool) if c.free[i] is None else c.free[i].copy()
     c.free[i][at] = False
     c.n_free[i] -= 1
     return at, best
 
+# %% ../nbs/04a_slices.ipynb #49bbec67
 def _emptied(c, readings, t, best):
     "Which of several arrays would lose everything"
     empty = [i for i,r in enumerate(readings) if c.n_free[i] and not r.n_above and not (r.comparable > t).any()]
@@ -209,7 +224,7 @@ def _emptied(c, readings, t, best):
 
 # %% ../nbs/04a_slices.ipynb #0a18623e
 def _search(c, k, masks):
-    "Readings by which `k` go and no array is emptied, the threshold, and place and score of the best of each array it would have emptied"
+    "Readings by which `k` go and no array is emptied, the threshold, and place and score of the best of each array that was rescued"
     samples = [_Sample(c, i) for i in range(len(c.sizes))]
     around = _estimate(samples, k)
     readings = [_Reading(c, i, _bracket(s, *around), m) for i,(s,m) in enumerate(zip(samples, masks))]
@@ -235,6 +250,7 @@ def _keep_inside(r, mask, n_gone):
         keep[tied[n_gone-int(r.sorted.searchsorted(t)):]] = True
     mask[r.at[keep]] = True
 
+# %% ../nbs/04a_slices.ipynb #41692bc1
 def _keep(readings, masks, t, k):
     "Complete the masks; of what compares equal to `t`, the first go, array by array"
     smaller = [int(r.comparable.searchsorted(t)) for r in readings]
@@ -248,6 +264,7 @@ def _selected(c, masks, rescued):
     n_pruned = [n - int(np.count_nonzero(m)) for n,m in zip(c.sizes, masks)]
     return Selected([torch.from_numpy(m) for m in masks], n_pruned, sorted(rescued) if len(masks) > 1 else [])
 
+# %% ../nbs/04a_slices.ipynb #9b3373f0
 def _as_before(c, rescued):
     "What was selected if nothing may go any more"
     return _selected(c, [np.ones(n, dtype=bool) if f is None else f.copy() for n,f in zip(c.sizes, c.free)], rescued)

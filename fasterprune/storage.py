@@ -213,7 +213,7 @@ def _cut_here(mine, theirs, cut):
 # %% ../nbs/13_storage.ipynb #a9c0d9cf
 def _check_fits(state, what, names, cut):
     "`ValueError` unless the file is of a network like ours, or of one that was cut from it"
-    missing,extra = [k for k in state if k not in names],[k for k in names if k not in state]
+    missing,extra = [k for k in state if k not in names],sorted(k for k in names if k not in state)
     if missing: raise ValueError(f"it is of another model: it has no {shortened(missing, 5)}")
     if extra: raise ValueError(f"it is of another model: it has {shortened(extra, 5)}, which the model has not")
     for k,t in state.items():

@@ -51,7 +51,8 @@ def test_lamp_of_huge_numbers_is_finite():
 def scaled(sparsity, sizes, factor): return [sparsity*factor]*len(sizes)
 def by_size(*, scores): return scores
 
-@pytest.mark.parametrize('context', [uniform, erk, by_name, partial(scaled, factor=.5), lambda names: [0.]*len(names), lambda shapes, sparsity: [sparsity]*len(shapes)])
+@pytest.mark.parametrize('context', [uniform, erk, by_name, partial(scaled, factor=.5), lambda names: [0.]*len(names),
+                                     lambda shapes, sparsity: [sparsity]*len(shapes)])
 def test_shares(context):
     assert check_context(context) is context and not one_threshold(context)
 
@@ -59,7 +60,8 @@ def test_shares(context):
 def test_one_threshold(context):
     assert check_context(context) is context and one_threshold(context)
 
-@pytest.mark.parametrize('bad', ['layer', '', None, 3, dict, ('local',), max, torch.abs, lambda: 0, lambda weight: 0, lambda scores, sparsity: 0, lambda *args: 0])
+@pytest.mark.parametrize('bad', ['layer', '', None, 3, dict, ('local',), max, torch.abs, lambda: 0, lambda weight: 0,
+                                 lambda scores, sparsity: 0, lambda *args: 0])
 def test_no_context(bad):
     with pytest.raises(ValueError, match='context got .* it is one of local, erk, global, lamp, or a function'): check_context(bad)
 
@@ -70,7 +72,8 @@ def test_a_context_that_answers_nonsense(answer):
 
 def test_targets_by_name():
     assert layer_shares(by_name, {'b': .25}, None, [4, 8], ['a', 'b']) == [None, .25]
-    with pytest.raises(ValueError, match="names 'c', not among the layers in scope: a, b"): layer_shares(by_name, {'c': .25}, None, [4, 8], ['a', 'b'])
+    with pytest.raises(ValueError, match="names 'c', not among the layers in scope: a, b"):
+        layer_shares(by_name, {'c': .25}, None, [4, 8], ['a', 'b'])
 
 def test_the_elementwise_mark_is_not_copied():
     @functools.wraps(magnitude)
@@ -82,10 +85,12 @@ def test_the_elementwise_mark_is_not_copied():
     assert not is_elementwise(normalised) and not is_elementwise(partial(normalised)) and not is_elementwise(wanda)
 
 def test_a_partial_is_elementwise_unless_it_holds_a_tensor():
-    assert is_elementwise(partial(large_init_large_final, alpha=2.)) and is_elementwise(partial(partial(large_init_large_final), alpha=torch.tensor(2.)))
+    assert is_elementwise(partial(large_init_large_final, alpha=2.))
+    assert is_elementwise(partial(partial(large_init_large_final), alpha=torch.tensor(2.)))
     assert not is_elementwise(partial(large_init_large_final, init=torch.ones(3)))
 
-@pytest.mark.parametrize('bad', [torch.abs, 'magnitude', None, abs, lambda x: x, lambda: 0, lambda *weight: 0, torch.Tensor, lambda weight, /: weight])
+@pytest.mark.parametrize('bad', [torch.abs, 'magnitude', None, abs, lambda x: x, lambda: 0, lambda *weight: 0, torch.Tensor,
+                                 lambda weight, /: weight])
 def test_no_criterion(bad):
     with pytest.raises(TypeError, match='a criterion is a function'): check_criteria(bad)
 

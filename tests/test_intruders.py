@@ -300,3 +300,12 @@ def test_keep_given_masks(learner):
     masks = {n: torch.rand_like(m.weight) > .7 for n,m in find_layers(learn.model).items()}
     fit(learn, 2, cbs=KeepSparsity(masks=masks))
     for n,m in find_layers(learn.model).items(): assert torch.equal(m.weight != 0, masks[n])
+
+def test_a_learner_on_our_batches_is_exported(tmp_path):
+    from fastai.basics import load_learner
+    from fasterprune.experiments import load_data, small_resnet
+    learn = Learner(load_data('digits', bs=512), small_resnet(1, 10), loss_func=CrossEntropyLossFlat(), path=tmp_path)
+    fit(learn, 1, cbs=local(.5, 'filter', coupled=True))
+    learn.export('small.pkl')
+    again = load_learner(tmp_path/'small.pkl')
+    assert len(again.dls.train.dataset) == 0 and zeros(again.model) == zeros(learn.model)

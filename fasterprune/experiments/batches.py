@@ -35,6 +35,10 @@ def _shift(x, pad):
     return F.pad(x, [pad]*4)[i[:, None, None, None], channels[None, :, None, None], rows[:, None, :, None], cols[:, None, None, :]]
 
 # %% ../../nbs/experiments/00_batches.ipynb #7cb0be5f
+class _Places(list):
+    "The numbers of the images, as a data set that fastai can make empty: `learn.export` does"
+    def new_empty(self): return _Places()
+
 class TensorDL(DataLoader):
     "Batches from images in memory, augmented a batch at a time."
     def __init__(self,
@@ -50,10 +54,16 @@ class TensorDL(DataLoader):
         tfms=(), # fastai's batch transforms, such as `aug_transforms()`, for training
     ):
         device = torch.device(device or 'cpu')
-        super().__init__(dataset=range(len(x)), bs=min(bs, len(x)), shuffle=train, drop_last=train, num_workers=0, device=device)
+        super().__init__(dataset=_Places(range(len(x))), bs=max(1, min(bs, len(x))), shuffle=train, drop_last=train,
+                         num_workers=0, device=device)
         self.x,self.y = x.to(device),y.to(device)
         self.mean,self.std = [torch.tensor(s, device=device).view(-1, 1, 1) for s in stats]
         self.train,self.pad,self.flip,self.size,self.tfms = train,pad,flip,size,tfms
+
+    def new(self, dataset=None, cls=None, **kwargs): # the same without images, or with all of them
+        n = len(self.x) if dataset is None else len(dataset)
+        stats = [s.flatten().tolist() for s in (self.mean, self.std)]
+        return TensorDL(self.x[:n], self.y[:n], stats, self.bs, self.train, self.pad, self.flip, self.size, self.device, self.tfms)
 
     def get_idxs(self): return super().get_idxs()[:len(self)*self.bs] # no incomplete last batch in training
     def __iter__(self): return self.create_batches(self.get_idxs())
