@@ -212,7 +212,7 @@ def test_coupled_in_training_resuming_and_keeping(learner):
     fit(learn, 1, cbs=KeepSparsity(coupled=True)) # the norm behind the concatenation stays zero
     assert torch.equal(learn.model.n2.weight == 0, pruned) and torch.equal(learn.model.n2.bias == 0, pruned) and [row[5] for row in measured_sparsity(learn.model, granularity='filter').rows] == [4, 8, 8, 4, 3]
     assert not same(before, state(learn))
-    fit(learn, 2, cbs=SparsifyCallback(.75, 'filter', coupled=True)) # goes on from what is pruned
+    fit(learn, 2, cbs=SparsifyCallback(.75, 'filter', 'local', coupled=True)) # goes on from what is pruned
     assert [row[5] for row in measured_sparsity(learn.model, granularity='filter').rows] == [6, 12, 12, 6, round(.75*6)] and (learn.model.n2.weight[pruned] == 0).all()
 
 def test_what_was_zero_in_one_layer_alone_stays_zero():
