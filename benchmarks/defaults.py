@@ -225,11 +225,11 @@ def report(out):
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--path', default='/tmp/data/cifar10'); p.add_argument('--out', type=Path, default=Path(__file__).parent/'results/defaults')
-    p.add_argument('--block', action='append', default=[]); p.add_argument('--seeds', default='0,1'); p.add_argument('--fasterai', default='/tmp/fasterai')
+    p.add_argument('--block', action='append', default=[]); p.add_argument('--seeds', default='0,1'); p.add_argument('--fasterai', default='')
     p.add_argument('--runs', help='settings as a JSON list of changes to the base'); p.add_argument('--report', action='store_true', help='print the tables of OUT/README.md'); p.add_argument('--size', type=int, default=16)
     args = p.parse_args()
     if args.report: return report(args.out)
-    sys.path.append(args.fasterai)
+    if args.fasterai: sys.path.append(args.fasterai)
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     file,seeds,loaded = args.out/'runs.jsonl',[int(s) for s in args.seeds.split(',')],{}

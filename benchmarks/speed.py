@@ -4,7 +4,9 @@
     OMP_NUM_THREADS=1 python benchmarks/speed.py --out benchmarks/results/speed-cpu-1thread
 
 Every comparison is interleaved: in each round each contestant makes one step on the same batch, in random order, and is
-compared with the dense step of that round. Reported are the median of these ratios and their quartiles. Writes OUT.json and OUT.md.
+compared with the dense step of that round. Reported are the median of these ratios and their quartiles. On the CPU the time
+is the processor's (`time.process_time`), so that other work on the machine counts as little as possible. An earlier version
+takes part when its package lies somewhere on PYTHONPATH as `oldprune`. Writes OUT.json and OUT.md.
 """
 import argparse, copy, json, platform, random, subprocess, sys, time, warnings
 from datetime import date
@@ -59,8 +61,15 @@ class AoPrune(Callback):
 def contestants(schedule, min_change, only=None):
     "From name to the callbacks of a contestant"
     kw = dict(schedule=schedule) if min_change is None else dict(schedule=schedule, min_change=min_change)
-    res = {'dense': lambda: [], 'fasterprune lamp': lambda: [SparsifyCallback(.95, context='lamp', **kw)], 'fasterprune local': lambda: [SparsifyCallback(.95, context='local', **kw)],
-           'fasterprune global': lambda: [SparsifyCallback(.95, context='global', **kw)]}
+    res = {'dense': lambda: []}
+    for c in ('lamp', 'local', 'global'): res[f'fasterprune {c}'] = lambda c=c: [SparsifyCallback(.95, context=c, **kw)]
+    if min_change is None: res['fasterprune, all defaults'] = lambda: [SparsifyCallback(.95)]
+    try:
+        from oldprune.callback import SparsifyCallback as Old
+        from oldprune import __version__ as old
+        old_kw = dict(schedule=schedule) if min_change is None else dict(schedule=schedule, resolution=min_change)
+        for c in ('local', 'global'): res[f'fasterprune {old} {c}'] = lambda c=c: [Old(.95, context=c, **old_kw)]
+    except ImportError: pass
     try:
         from fasterai.sparse.sparsify_callback import SparsifyCallback as Peer
         from fasterai.core.criteria import large_final
@@ -89,9 +98,9 @@ class Driver:
             a,b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize(); a.record(); self.learn.one_batch(i, batch); b.record(); torch.cuda.synchronize()
             return a.elapsed_time(b)/1e3
-        t = time.perf_counter()
+        t = time.process_time()
         self.learn.one_batch(i, batch)
-        return time.perf_counter()-t
+        return time.process_time()-t
 
 def race(arch, schedule, pcts, min_change, args, only=None, warm=3):
     "Step all contestants through `pcts`, interleaved; from name to the times of the steps"
@@ -151,11 +160,11 @@ def part_steps(args):
 def part_run(args):
     "A whole fit_one_cycle with default settings, and with re-selection at every batch beside the peer"
     pcts = np.arange(args.run_steps)/args.run_steps
-    ours = dict(only=['dense', 'fasterprune local', 'fasterprune global'])
+    ours = dict(only=['dense', 'fasterprune, all defaults', 'fasterprune local', 'fasterprune global'])
     t,_ = race('resnet18', sched_onecycle, pcts, None, args, warm=0, **ours)
-    total = {f'{n}, default': sum(v)/sum(t['dense']) for n,v in t.items() if n != 'dense'}
+    total = {n if 'defaults' in n else f'{n}, min_change 0.02': sum(v)/sum(t['dense']) for n,v in t.items() if n != 'dense'}
     n = max(50, args.run_steps//10)
-    every,_ = race('resnet18', sched_onecycle, np.arange(n)/n, 0., args, warm=0, only=['dense', 'fasterprune local', 'fasterprune global', 'fasterai 0.4.1 local', 'fasterai 0.4.1 global'])
+    every,_ = race('resnet18', sched_onecycle, np.arange(n)/n, 0., args, warm=0, only=['dense', 'fasterprune lamp', 'fasterprune local', 'fasterprune global', 'fasterai 0.4.1 local', 'fasterai 0.4.1 global'])
     total |= {f'{k}, every batch': sum(v)/sum(every['dense']) for k,v in every.items() if k != 'dense'}
     return dict(ratio_of_total_time={k: round(v, 3) for k,v in total.items()}, steps=args.run_steps, steps_every_batch=n)
 
@@ -192,7 +201,7 @@ def part_import(args):
 
 def markdown(r):
     "Tables for people"
-    lines = [f"*{r['command']}; {r['machine']}; torch {r['torch']}, {r['threads']} thread(s), {r['date']}; batch {r['bs']}, {r['size']}×{r['size']} inputs, fastai's Adam. Ratios to the dense step of the same round: median [quartiles].*", '']
+    lines = [f"*{r['command']}; {r['machine']}; torch {r['torch']}, {r['threads']} thread(s), {r['date']}; batch {r['bs']}, {r['size']}×{r['size']} inputs, fastai's Adam. Ratios to the dense step of the same round ({'GPU' if r.get('device', 'cpu') != 'cpu' else 'processor'} time): median [quartiles].*", '']
     if steps := r.get('steps'):
         names = [n for n in next(iter(steps.values()))['ratios'] if n != 'dense']
         mem = next(v['state_bytes_per_weight'] for v in steps.values() if 'state_bytes_per_weight' in v)
@@ -222,7 +231,7 @@ if __name__ == '__main__':
     result = json.loads(out.with_suffix('.json').read_text()) if out.with_suffix('.json').exists() else {}
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor())
     result.update(command='python benchmarks/speed.py', machine=f"{torch.cuda.get_device_name() if args.device != 'cpu' else cpu}", threads=torch.get_num_threads(), torch=torch.__version__,
-                  fasterprune=fasterprune.__version__, date=str(date.today()), bs=args.bs, size=args.size)
+                  fasterprune=fasterprune.__version__, date=str(date.today()), bs=args.bs, size=args.size, device=args.device)
     for part in args.parts.split(','):
         t = time.time(); result[part] = globals()[f'part_{part}'](args)
         result['failed'] = failed or result.get('failed', {})
