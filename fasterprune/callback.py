@@ -95,7 +95,7 @@ def _mean(self:SparsifyCallback, s):
     n = {l.name: l.n for l in self.sparsifier.layers}
     return sum(s[k]*n[k] for k in s) / sum(n[k] for k in s)
 
-# %% ../nbs/10_callback.ipynb #089e49be
+# %% ../nbs/10_callback.ipynb #5a47790b
 @patch
 def _begin(self:SparsifyCallback, model):
     "See that everything fits together before anything is changed"
@@ -104,7 +104,9 @@ def _begin(self:SparsifyCallback, model):
     self._tell_frozen([l.name for g in sp.groups if g not in groups for l in g.layers], len(sp.layers))
     if groups:
         self._check_phase()
-        self._tell_sparser(sp, sp.budget(self.scheduled(1.), groups))
+        budget = sp.budget(self.scheduled(1.), groups)
+        self._tell_sparser(sp, budget)
+        self._tell_slow(budget)
     self._last,self._trained = None,[]
     return sp
 
@@ -135,6 +137,22 @@ def _tell_sparser(self:SparsifyCallback, sp, budget):
         names = shortened((g.name for g in groups), 3)
         if pruned > k: tell(f"{names} already has {pruned/n:.2%} zeros, more than the {k/n:.2%} asked for: "
                             "pruned stays pruned (regrow=True lets weights grow back)")
+
+# %% ../nbs/10_callback.ipynb #55fff9ff
+_far_below = 5 # times
+
+def _rates(opt): return {id(p): h['lr'] for ps,h in zip(opt.param_lists, opt.hypers) for p in ps}
+
+@patch
+def _tell_slow(self:SparsifyCallback, budget):
+    "Layers to prune whose learning rate is far below the highest"
+    rates = _rates(self.learn.opt)
+    top = max(rates.values())
+    short = [g for groups,k in budget if sum(g.n_pruned for g in groups) < k for g in groups]
+    slow = {l.name: rates.get(id(l.module.weight), top) for g in short for l in g.layers}
+    slow = {name: top/lr for name,lr in slow.items() if 0 < lr < top/_far_below}
+    if slow: tell(f"{len(slow)} layers to prune learn up to {max(slow.values()):.0f} times more slowly than the head and can hardly recover: "
+                  f"{shortened(slow, 3)}; prune in fit_one_cycle with one rate for all, or pass a small lr_mult to fine_tune")
 
 # %% ../nbs/10_callback.ipynb #5d15968a
 @patch
