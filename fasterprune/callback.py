@@ -95,7 +95,7 @@ def _mean(self:SparsifyCallback, s):
     n = {l.name: l.n for l in self.sparsifier.layers}
     return sum(s[k]*n[k] for k in s) / sum(n[k] for k in s)
 
-# %% ../nbs/10_callback.ipynb #5a47790b
+# %% ../nbs/10_callback.ipynb #8b0864d3
 @patch
 def _begin(self:SparsifyCallback, model):
     "See that everything fits together before anything is changed"
@@ -138,7 +138,7 @@ def _tell_sparser(self:SparsifyCallback, sp, budget):
         if pruned > k: tell(f"{names} already has {pruned/n:.2%} zeros, more than the {k/n:.2%} asked for: "
                             "pruned stays pruned (regrow=True lets weights grow back)")
 
-# %% ../nbs/10_callback.ipynb #55fff9ff
+# %% ../nbs/10_callback.ipynb #1250682e
 _far_below = 5 # times
 
 def _rates(opt): return {id(p): h['lr'] for ps,h in zip(opt.param_lists, opt.hypers) for p in ps}
@@ -151,8 +151,8 @@ def _tell_slow(self:SparsifyCallback, budget):
     short = [g for groups,k in budget if sum(g.n_pruned for g in groups) < k for g in groups]
     slow = {l.name: rates.get(id(l.module.weight), top) for g in short for l in g.layers}
     slow = {name: top/lr for name,lr in slow.items() if 0 < lr < top/_far_below}
-    if slow: tell(f"{len(slow)} layers to prune learn up to {max(slow.values()):.0f} times more slowly than the head and can hardly recover: "
-                  f"{shortened(slow, 3)}; prune in fit_one_cycle with one rate for all, or pass a small lr_mult to fine_tune")
+    if slow: tell(f"{len(slow)} layers to prune learn up to {max(slow.values()):.0f} times more slowly than the head "
+                  f"and can hardly recover: {shortened(slow, 3)}; prune in fit_one_cycle at one rate, or pass a small lr_mult to fine_tune")
 
 # %% ../nbs/10_callback.ipynb #5d15968a
 @patch

@@ -53,7 +53,11 @@ def signature(name, o):
     def one(p): return stars.get(p.kind, '') + p.name + (f'={value_name(p.default)}' if value_name(p.default) else '')
     return f"{name}({', '.join(map(one, given))})"
 
-def first_line(o): return (inspect.getdoc(o) or '').split('\n')[0]
+def docstring(o):
+    "As it was written, without the parameters that `help` adds"
+    return inspect.cleandoc(str(o.__doc__ or ''))
+
+def first_line(o): return docstring(o).split('\n')[0]
 
 def source_link(o):
     code = inspect.unwrap(o.fget if isinstance(o, property) else getattr(o, '__func__', o))
@@ -64,7 +68,7 @@ def card(name, o):
     "Everything about one name"
     is_call = not isinstance(o, property)
     parts = ['<div class="doc" markdown>', f'#### `{name}` {{ #{name} }}', f'```{{.python .signature}}\n{signature(name, o)}\n```' if is_call else '',
-             inspect.getdoc(o) or '', table(described(o)) if is_call else '', f'[source]({source_link(o)})', '</div>']
+             docstring(o), table(described(o)) if is_call else '', f'[source]({source_link(o)})', '</div>']
     return '\n\n'.join(filter(None, parts))
 
 # The public names that a cell defines
@@ -93,11 +97,17 @@ def named(source, module):
 
 # Cells
 
-def folded(source):
-    "Exported code; imports alone are left out"
-    if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(source).body): return ''
+def folded(source, title):
     code = '\n'.join('    '+l for l in source.strip('\n').splitlines())
-    return f'??? quote "Source"\n\n    ```python\n{code}\n    ```'
+    return f'??? quote "{title}"\n\n    ```python\n{code}\n    ```'
+
+def exported(source):
+    "Imports alone are left out"
+    return '' if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(source).body) else folded(source, 'Source')
+
+def visible(source):
+    "What the reader types; long helpers are folded"
+    return f'```python\n{source}\n```' if source.count('\n') < 20 else folded(source, 'Code')
 
 def alt_text(text):
     "What a picture shows: the first sentence of the paragraph above it"
@@ -115,15 +125,15 @@ def shown(output, to, alt):
     if re.sub(r'<[^>]*>', '', html).strip(): return f'<div class="output">\n{html}\n</div>'
     if 'text/markdown' in data: return data['text/markdown']
     text = ''.join(output.get('text', '')) or data.get('text/plain', '')
-    return f'```{{.text .output}}\n{text.rstrip()}\n```' if text.strip() and not html else ''
+    return f'```{{.text .output}}\n{text.rstrip()}\n```' if text.strip() and 'text/html' not in data else ''
 
 def code_cell(cell, page, module, i, alt):
     source = ''.join(cell['source'])
     flags,source = {m[1] for m in flag.finditer(source)},flag.sub('', source).strip('\n')
     if flags & {'hide', 'default_exp'}: return []
-    if flags & {'export', 'exports', 'exporti'}: return [*(card(*e) for e in named(source, module)), folded(source)]
+    if flags & {'export', 'exports', 'exporti'}: return [*(card(*e) for e in named(source, module)), exported(source)]
     outputs = [shown(o, page.with_name(f'{page.stem}_{i}_{j}.png'), alt) for j,o in enumerate(cell['outputs'])]
-    return [f'```python\n{source}\n```', *outputs]
+    return [visible(source), *outputs]
 
 def on_the_site(text, path):
     "Links to notebooks become links to pages, and links out of the notebooks' folder lead to the repository"
@@ -172,7 +182,7 @@ def reference():
     for path in notebooks():
         at = path.relative_to(root/'nbs').with_suffix('.md')
         rows = [f'| [`{n}`]({at}#{n}) | {in_cell(first_line(o))} |' for n,o in entries(path)]
-        if rows: parts += [f'## {title(path)}', '| name | what it does |\n|---|---|\n' + '\n'.join(rows)]
+        if rows: parts += [f'## {title(path)}', '<div class="names" markdown>', '| name | what it does |\n|---|---|\n' + '\n'.join(rows), '</div>']
     return '\n\n'.join(parts)+'\n'
 
 def api_list():

@@ -1,7 +1,8 @@
 "The repository is in order: versions, notebooks, modules and README agree."
-import ast, configparser, importlib, json, re, statistics, subprocess, sys
+import ast, configparser, importlib, inspect, json, pydoc, re, statistics, subprocess, sys
 from pathlib import Path
 import pytest
+from fastcore.docments import docments
 import fasterprune, fasterprune.all
 
 root = Path(__file__).parent.parent
@@ -63,6 +64,29 @@ def test_every_public_name_says_what_it_is(name):
     for n in module.__all__:
         o = getattr(module, n)
         if callable(o): assert o.__doc__, f'{name}.{n} has no docstring'
+
+@pytest.mark.parametrize('name', [n for n in fasterprune.all.__all__ if inspect.isroutine(getattr(fasterprune.all, n)) or inspect.isclass(getattr(fasterprune.all, n))])
+def test_help_shows_the_comment_of_every_parameter(name):
+    o = getattr(fasterprune.all, name)
+    text = pydoc.plain(pydoc.render_doc(o))
+    for arg,comment in docments(o).items():
+        if comment and arg not in ('self', 'return'): assert f'{arg}: {" ".join(comment.split())}' in text
+    assert '\n' not in str(o.__doc__).strip() or not docments(o) # as it was written
+
+def test_parameters_are_read_when_somebody_asks():
+    "The import reads no source, patches of the Learner have their parameters, and the experiments' names too"
+    code = """
+import inspect, fasterprune.docs as docs
+def fail(o): raise AssertionError(o)
+read,docs.parameters_text = docs.parameters_text,fail
+import fasterprune.all, fasterprune.experiments
+from fastai.learner import Learner
+compare = fasterprune.experiments.compare
+docs.parameters_text = read
+for o in (Learner.shrink, Learner.sparsity_find, compare): print('Parameters:' in inspect.getdoc(o))
+"""
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ['True']*3
 
 # One thought, one place
 
