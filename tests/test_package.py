@@ -16,7 +16,25 @@ def test_version_is_the_same_everywhere():
     cfg = configparser.ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini')
     assert cfg['DEFAULT']['version'] == fasterprune.__version__
     assert f"## {fasterprune.__version__}" in (root/'CHANGELOG.md').read_text()
-    assert f"version: {fasterprune.__version__}" in (root/'CITATION.cff').read_text()
+    cited,log = (root/'CITATION.cff').read_text(),(root/'CHANGELOG.md').read_text()
+    assert f"version: {fasterprune.__version__}" in cited
+    date = re.search(rf'^## {re.escape(fasterprune.__version__)}\n\n(\d{{4}}-\d\d-\d\d)', log, re.M)[1]
+    assert f'date-released: {date}' in cited
+
+def top_imports(path):
+    "Packages that a module imports, wherever in it"
+    for n in ast.walk(ast.parse(path.read_text())):
+        if isinstance(n, ast.Import): yield from (a.name.split('.')[0] for a in n.names)
+        elif isinstance(n, ast.ImportFrom) and not n.level: yield n.module.split('.')[0]
+
+def test_every_import_is_declared():
+    "In the requirements, or in an extra"
+    cfg = configparser.ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini')
+    text = ' '.join(v for k,v in cfg['DEFAULT'].items() if k.endswith('requirements') and k != 'dev_requirements')
+    declared = {re.match(r'[\w-]+', r)[0].lower() for r in text.split()}
+    called = dict(sklearn='scikit-learn', PIL='pillow', distributed='dask') # where the import has another name than the package
+    used = {n for p in modules for n in top_imports(p)} - set(sys.stdlib_module_names) - {'fasterprune', 'wandb'} # who asks for wandb has it
+    assert sorted(n for n in used if called.get(n, n).lower() not in declared) == []
 
 def test_each_module_has_its_notebook():
     exported = {m[1] for p in notebooks if (m := re.search(r'#\| default_exp (\S+?)[\\"]', p.read_text()))}
