@@ -160,7 +160,7 @@ def _train_ends(self:ZerosCallback):
 @patch
 def _cancelled(self:ZerosCallback): pass
 
-# %% ../nbs/09a_events.ipynb #37627ce2
+# %% ../nbs/09a_events.ipynb #cc5e7849
 _one_by_one = {'weight_decay', 'l2_reg', 'average_grad', 'average_sqr_grad', 'momentum_step', 'step_stat', 'sgd_step', 'rms_prop_step',
                'adam_step', 'radam_step', 'qhadam_step'} # of fastai's optimizers
 _one_by_one_torch = {'SGD', 'Adam', 'AdamW', 'NAdam', 'RAdam', 'RMSprop', 'Adagrad', 'Adamax', 'Adadelta'}
@@ -171,7 +171,9 @@ def _looks_at_norms(opt):
     inner = getattr(opt, 'opt', opt)
     if type(inner).__module__.startswith('torch.optim'): return type(inner).__name__ not in _one_by_one_torch
     steps = getattr(inner, 'cbs', None)
-    return type(inner).__name__ != 'Optimizer' or steps is None or not {getattr(s, '__name__', '') for s in steps} <= _one_by_one
+    return type(inner).__name__ != 'Optimizer' or steps is None or not {_name_of(s) for s in steps} <= _one_by_one
+
+def _name_of(step): return getattr(getattr(step, 'func', step), '__name__', '') # a step may be a partial
 
 def reads_gradients(
     learn, # The Learner
