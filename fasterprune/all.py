@@ -31,3 +31,8 @@ from .lottery import Ticket, find_ticket, load_ticket, restarted, save_ticket, s
 import fasterprune.learner # learn.sparsity_find() and all other patches
 
 __all__ = [n for n in dir() if not n.startswith('_') and n not in ('annotations', 'fasterprune')]
+
+# %% ../nbs/18_all.ipynb #f8c15f09
+import fasterprune.docs
+
+for _o in (*map(globals().get, __all__), fasterprune.learner.Learner, fasterprune.learner.Recorder): fasterprune.docs.document(_o)

@@ -1,5 +1,5 @@
 "C2 to C16 inside fastai's training loop."
-import copy, pickle
+import copy, pickle, warnings
 from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
@@ -238,6 +238,21 @@ def test_fine_tune_with_a_later_start(learner):
     learn = learner(splitter=lambda m: [params(m[:8]), params(m[8:])])
     with pytest.warns(UserWarning, match='are frozen'): fit(learn, 3, how='fine_tune', cbs=SparsifyCallback(.9, start_epoch=1)) # one frozen epoch: no room, and no need, for the schedule
     assert float(measured_sparsity(learn.model)) == pytest.approx(.9, abs=.005)
+
+def slow_layers(learn, *args, how='fit_one_cycle', cbs=None, **kwargs):
+    "What is told of layers that learn more slowly than the head"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always'); fit(learn, 2, *args, how=how, cbs=cbs or SparsifyCallback(.9), **kwargs)
+    return [str(w.message) for w in told if 'more slowly' in str(w.message)]
+
+def test_pruning_layers_that_hardly_learn_is_told(learner):
+    "At the rates of `fine_tune`, once; not at one rate for all, nor where nothing is left to prune"
+    halves = partial(learner, splitter=lambda m: [params(m[:8]), params(m[8:])])
+    learn = halves()
+    said, = slow_layers(learn, how='fine_tune')
+    assert said.startswith('3 layers to prune learn up to 100 times more slowly than the head') and 'lr_mult' in said
+    assert slow_layers(learn, how='fine_tune') == [] # its zeros are all there already
+    assert slow_layers(halves(), how='fine_tune', lr_mult=4) == slow_layers(halves()) == []
 
 @pytest.mark.parametrize('how', [('weight', wanda), ('filter', magnitude)])
 def test_looking_at_a_sample_inside_autocast_leaves_nothing_in_its_cache(learner, how):

@@ -1,7 +1,10 @@
 "C13: errors are early, say what is allowed, and leave the model untouched."
+import re
+from pathlib import Path
 import pytest, torch
 from torch import nn
 from fastai.callback.core import Callback
+from fasterprune import names
 from fasterprune.all import *
 from conftest import conv_net, fit, state
 
@@ -26,6 +29,18 @@ def nan_net():
     net = conv_net()
     with torch.no_grad(): net[3].weight[0, 0, 0, 0] = nan
     return net
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize('kw,text', [(dict(layer_type=nn.Linear), "use layers instead of layer_type"), (dict(lth=True), "use find_ticket"), (dict(amount=.9), "a fraction of all"),
+                                     (dict(tied=True), "use coupled instead of tied"), (dict(colour=1), r"its arguments are sparsity, granularity, .*coming_from")])
+def test_a_name_from_elsewhere(kw, text):
+    with pytest.raises(TypeError, match=f'SparsifyCallback got {list(kw)[0]}') as told: SparsifyCallback(.9, **kw)
+    assert re.search(text, str(told.value), re.I)
+    with pytest.raises(TypeError, match='Sparsifier got') as told: Sparsifier(conv_net(), **kw)
+
+def test_the_page_has_all_names_from_elsewhere():
+    page = (Path(__file__).parent.parent/'nbs/tutorials/coming_from.ipynb').read_text()
+    assert [n for n in names._elsewhere if not re.search(rf'\b{n}\b', page)] == []
 
 at_the_start = [
     (dict(layers=nn.Conv3d), {}, "no layer to prune"), (dict(layers='body'), {}, "names 'body', which is not in the model"), (dict(exclude=['body']), {}, "exclude names 'body'"),

@@ -1,7 +1,8 @@
 "The repository is in order: versions, notebooks, modules and README agree."
-import ast, configparser, importlib, json, re, statistics, subprocess, sys
+import ast, configparser, importlib, inspect, json, pydoc, re, statistics, subprocess, sys
 from pathlib import Path
 import pytest
+from fastcore.docments import docments
 import fasterprune, fasterprune.all
 
 root = Path(__file__).parent.parent
@@ -15,7 +16,25 @@ def test_version_is_the_same_everywhere():
     cfg = configparser.ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini')
     assert cfg['DEFAULT']['version'] == fasterprune.__version__
     assert f"## {fasterprune.__version__}" in (root/'CHANGELOG.md').read_text()
-    assert f"version: {fasterprune.__version__}" in (root/'CITATION.cff').read_text()
+    cited,log = (root/'CITATION.cff').read_text(),(root/'CHANGELOG.md').read_text()
+    assert f"version: {fasterprune.__version__}" in cited
+    date = re.search(rf'^## {re.escape(fasterprune.__version__)}\n\n(\d{{4}}-\d\d-\d\d)', log, re.M)[1]
+    assert f'date-released: {date}' in cited
+
+def top_imports(path):
+    "Packages that a module imports, wherever in it"
+    for n in ast.walk(ast.parse(path.read_text())):
+        if isinstance(n, ast.Import): yield from (a.name.split('.')[0] for a in n.names)
+        elif isinstance(n, ast.ImportFrom) and not n.level: yield n.module.split('.')[0]
+
+def test_every_import_is_declared():
+    "In the requirements, or in an extra"
+    cfg = configparser.ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini')
+    text = ' '.join(v for k,v in cfg['DEFAULT'].items() if k.endswith('requirements') and k != 'dev_requirements')
+    declared = {re.match(r'[\w-]+', r)[0].lower() for r in text.split()}
+    called = dict(sklearn='scikit-learn', PIL='pillow', distributed='dask') # where the import has another name than the package
+    used = {n for p in modules for n in top_imports(p)} - set(sys.stdlib_module_names) - {'fasterprune', 'wandb'} # who asks for wandb has it
+    assert sorted(n for n in used if called.get(n, n).lower() not in declared) == []
 
 def test_each_module_has_its_notebook():
     exported = {m[1] for p in notebooks if (m := re.search(r'#\| default_exp (\S+?)[\\"]', p.read_text()))}
@@ -63,6 +82,29 @@ def test_every_public_name_says_what_it_is(name):
     for n in module.__all__:
         o = getattr(module, n)
         if callable(o): assert o.__doc__, f'{name}.{n} has no docstring'
+
+@pytest.mark.parametrize('name', [n for n in fasterprune.all.__all__ if inspect.isroutine(getattr(fasterprune.all, n)) or inspect.isclass(getattr(fasterprune.all, n))])
+def test_help_shows_the_comment_of_every_parameter(name):
+    o = getattr(fasterprune.all, name)
+    text = pydoc.plain(pydoc.render_doc(o))
+    for arg,comment in docments(o).items():
+        if comment and arg not in ('self', 'return'): assert f'{arg}: {" ".join(comment.split())}' in text
+    assert '\n' not in str(o.__doc__).strip() or not docments(o) # as it was written
+
+def test_parameters_are_read_when_somebody_asks():
+    "The import reads no source, patches of the Learner have their parameters, and the experiments' names too"
+    code = """
+import inspect, fasterprune.docs as docs
+def fail(o): raise AssertionError(o)
+read,docs.parameters_text = docs.parameters_text,fail
+import fasterprune.all, fasterprune.experiments
+from fastai.learner import Learner
+compare = fasterprune.experiments.compare
+docs.parameters_text = read
+for o in (Learner.shrink, Learner.sparsity_find, compare): print('Parameters:' in inspect.getdoc(o))
+"""
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ['True']*3
 
 # One thought, one place
 

@@ -11,6 +11,7 @@ def __getattr__(name):
     "Nothing is imported before it is asked for: fastai and torchvision take their time"
     if name not in _home_of: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
-    return getattr(import_module(f'{__name__}.{_home_of[name]}'), name)
+    from fasterprune.docs import document
+    return document(getattr(import_module(f'{__name__}.{_home_of[name]}'), name))
 
 def __dir__(): return sorted({*globals(), *_home_of})
