@@ -4,10 +4,11 @@
 
 # %% ../nbs/06a_members.ipynb #4c3394f1
 from __future__ import annotations
-import math, zlib
+import math
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
+from .criteria import fixed_random
 from .granularity import Granularity, weight_unview, weight_view
 
 # %% auto #0
@@ -102,9 +103,9 @@ def begin_anew(self:PrunedLayer,
 ):
     "Give whole filters that come back a hundredth of the usual first weights; single weights begin at zero."
     if not self.blocks.whole_outputs: return
-    w,first = self.weight,torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+    w = self.weight
     bound = .01/math.sqrt(w[0].numel())
-    new = torch.empty(w.shape).uniform_(-bound, bound, generator=first).to(w)
+    new = (2*fixed_random(w.shape, self.name, w.device) - 1).mul_(bound).to(w.dtype)
     old,new = weight_view(self.module, w),weight_view(self.module, new)
     old.copy_(torch.where(grown.to(w.device).view(self.blocks.shape), new, old))
 

@@ -1,10 +1,18 @@
 "Other devices than the CPU, without one: fake tensors say where everything is, and stop where the host asks for a value."
+import itertools, warnings
 import pytest, torch
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from fasterprune import keys, selection
+from fasterprune import keys, selection, sparsifier
 from fasterprune.contexts import lamp, unscaled
+from fasterprune.granularity import granularities
+from fasterprune.probe import input_scale
+from fasterprune.sparsifier import Sparsifier
+from fasterprune.surgery import cut_channels
+from conftest import conv_net
+from test_ranks import criteria
 from fasterprune.selection import select, select_groups
 
 def squared_share(scores): return scores / scores.amax()
@@ -81,3 +89,90 @@ def test_a_gpu_chooses_as_the_cpu_does(context):
         gpus = [select([s.cuda() for s in scores], k, masks and [m.cuda() for m in masks], context=context) for _ in range(2)]
         for gpu in gpus: assert gpu[1:] == cpu[1:] and all(torch.equal(a, b.cpu()) for a,b in zip(cpu.masks, gpu.masks))
         masks = cpu.masks
+
+# The whole engine, as it is called in a training
+
+class Residual(nn.Module):
+    "Two layers that write the same channels, each with a norm, and one that writes others"
+    def __init__(self):
+        super().__init__()
+        self.a,self.na,self.b,self.nb,self.c = nn.Conv2d(4, 8, 3, padding=1),nn.BatchNorm2d(8),nn.Conv2d(8, 8, 3, padding=1),nn.BatchNorm2d(8),nn.Conv2d(8, 4, 1)
+        self.head = nn.Linear(4, 3)
+    def forward(self, x):
+        x = self.na(self.a(x)).relu()
+        return self.head(self.c(x + self.nb(self.b(x))).relu().mean((2, 3)))
+
+def started(context, granularity, criterion, sample):
+    "A `Sparsifier` in the middle of a training on the CPU; and what it will ask of the inputs of each layer"
+    torch.manual_seed(0)
+    coupled,model = granularity == 'coupled',Residual()
+    kw = dict(granularity='filter', coupled=True) if coupled else dict(granularity=granularity)
+    sp = Sparsifier(model, context=context, criteria=criterion, sample=sample, **kw)
+    model(sample).square().mean().backward()
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(.01*torch.randn_like(p))
+    sp.record_grad(); sp.update(.2, sample)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(.01*torch.randn_like(p))
+    return sp, input_scale(model, [l.module for l in sp.layers], sample)
+
+def moved(sp, device):
+    "Everything that it holds becomes fake"
+    def fake(t): return None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+    for m in sp.model.modules():
+        for name,p in m._parameters.items():
+            if p is None: continue
+            m._parameters[name] = nn.Parameter(fake(p))
+            m._parameters[name].grad = fake(p.grad)
+        for name,b in m._buffers.items(): m._buffers[name] = fake(b)
+    for g in sp.groups:
+        g.mask = fake(g.mask)
+        for d in g.dependents: d.channels,d.of = fake(d.channels),fake(d.of)
+    for l in sp.layers: l.state = {k: fake(v) for k,v in l.state.items()}
+
+class Host:
+    "Instead of `tolist`: counts the questions, and gives an answer in the shape of the truth"
+    def __init__(self): self.n = 0
+    def __call__(self, t):
+        self.n += 1
+        return [[1, 0, 0, 0]]*len(t) if t.ndim == 2 else [0]*len(t)
+    def asked(self):
+        n,self.n = self.n,0
+        return n
+
+contexts = dict(local='local', erk='erk', **{'global': 'global'}, lamp='lamp', own_shares=lambda sparsity, sizes: [sparsity]*len(sizes), own_scores=squared_share)
+pools = [g for g in granularities(nn.Conv2d)] + ['coupled', '2:4']
+every_criterion = [(c, g, f) for c,g,f in itertools.product(contexts, ['weight', 'kernel', 'filter', 'coupled', '2:4'], criteria)]
+every_granularity = [(c, g, criteria[0]) for c,g in itertools.product(contexts, pools)]
+cases = dict.fromkeys((c, g, f) for c,g,f in every_criterion+every_granularity if g != '2:4' or c in ('local', 'global'))
+
+def steps(case, host):
+    "Questions asked in an ordinary step, a selecting step and a count; and what was made meanwhile"
+    context,granularity,criterion = case
+    sample = torch.randn(2, 4, 8, 8)
+    sp,act = started(contexts[context], granularity, criterion, sample)
+    with pytest.MonkeyPatch.context() as monkeypatch, FakeTensorMode(), torch.device('cuda'):
+        moved(sp, 'cuda')
+        act = {m: torch.empty(v.shape) for m,v in act.items()}
+        monkeypatch.setattr(sparsifier, 'input_scale', lambda *args: act) # a forward pass, which asks nothing by itself
+        monkeypatch.setattr(sparsifier, 'as_inputs', lambda *args: ())
+        with Watch() as seen:
+            sp.apply_grad(); sp.record_grad(); sp.apply(); sp.apply(moved=True)
+            ordinary = host.asked()
+            assert sp.update(.5, sample)
+            selecting = host.asked()
+            sp.measure()
+    return ordinary, selecting, host.asked(), seen
+
+@pytest.mark.parametrize('granularity', pools)
+@pytest.mark.parametrize('context', contexts)
+def test_a_training_step_asks_nothing_and_a_selecting_one_asks_once(context, granularity, monkeypatch):
+    host = Host()
+    monkeypatch.setattr(FakeTensor, 'tolist', lambda t: host(t))
+    mine = [c for c in cases if c[:2] == (context, granularity)]
+    for case in mine:
+        ordinary,selecting,counting,seen = steps(case, host)
+        assert (ordinary, selecting, counting) == (0, 1, 1), case
+        assert seen.devices == {'cuda'}, case
+        assert context == 'lamp' or torch.float64 not in seen.dtypes, case
+    assert mine or granularity == '2:4'
