@@ -5,13 +5,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from fasterprune import keys, selection, sparsifier
+from fasterprune import cost, keys, selection, sparsifier
+from fasterprune.callback import SparsifyCallback
 from fasterprune.contexts import lamp, unscaled
 from fasterprune.granularity import granularities
 from fasterprune.probe import input_scale
-from fasterprune.sparsifier import Sparsifier
+from fasterprune.sparsifier import Sparsifier, measured_sparsity
 from fasterprune.surgery import cut_channels
-from conftest import conv_net
+from conftest import conv_net, fit
 from test_ranks import criteria
 from fasterprune.selection import select, select_groups
 
@@ -176,3 +177,52 @@ def test_a_training_step_asks_nothing_and_a_selecting_one_asks_once(context, gra
         assert seen.devices == {'cuda'}, case
         assert context == 'lamp' or torch.float64 not in seen.dtypes, case
     assert mine or granularity == '2:4'
+
+def test_cutting_needs_no_double_precision_either():
+    model,x = Residual(),torch.randn(2, 4, 8, 8)
+    with Watch() as seen:
+        Sparsifier(model, 'filter', sample=x, coupled=True).sparsify(.5)
+        small,_ = cut_channels(model, x)
+    assert small.a.out_channels == 4 and torch.float64 not in seen.dtypes
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda:1', 'mps:0'])
+def test_the_clock_waits_for_the_device_of_the_model(device, monkeypatch):
+    order = []
+    monkeypatch.setattr(torch.accelerator, 'synchronize', lambda d: order.append(str(d)))
+    cost._seconds(lambda x: order.append(x), ['forward'], torch.device(device))
+    assert order == (['forward'] if device == 'cpu' else [device, 'forward', device])
+
+# Compiled networks
+
+def compiled(how, net, backend='eager'):
+    if how == 'in place': net.compile(backend=backend)
+    return torch.compile(net, backend=backend) if how == 'shell' else net
+
+@pytest.mark.situation
+@pytest.mark.parametrize('how', ['not', 'shell', 'in place'])
+@pytest.mark.parametrize('before', ['validate', 'fit'])
+def test_filters_of_a_compiled_network_that_has_run_die_with_their_norms(learner, how, before):
+    net = conv_net()
+    learn = learner(model=compiled(how, net))
+    with learn.no_bar(), learn.no_logging(): learn.validate() if before == 'validate' else learn.fit(1)
+    fit(learn, 2, cbs=SparsifyCallback(.5, 'filter', 'local', exclude='3'))
+    assert [r[0] for r in measured_sparsity(learn.model, exclude='3').rows] == ['0', '6'], 'the names of the network itself'
+    zero = (net[0].weight == 0).flatten(1).all(1)
+    assert zero.sum() == 4 and torch.equal(net[1].weight == 0, zero) and torch.equal(net[1].bias == 0, zero)
+    assert (net[3].weight != 0).all() and (net[4].weight != 0).all(), 'what is excluded stays dense'
+
+@pytest.mark.situation
+@pytest.mark.parametrize('criterion', [c for c in criteria if c.__name__ in ('magnitude', 'wanda', 'movement')])
+@pytest.mark.parametrize('how', ['shell', 'in place'])
+def test_masks_cause_no_compilation_of_their_own(learner, how, criterion):
+    from torch._dynamo.testing import CompileCounter
+    from torch._dynamo.utils import counters
+    def compilations(cbs):
+        torch._dynamo.reset(); counters.clear()
+        count = CompileCounter()
+        learn = learner(model=compiled(how, conv_net(), count))
+        fit(learn, 3, cbs=cbs)
+        return count.frame_count, sum(counters['graph_break'].values()), learn
+    frames,breaks,learn = compilations(SparsifyCallback(.8, criteria=criterion, min_change=0))
+    assert (frames, breaks) == compilations(None)[:2] and frames > 0
+    assert len(learn.recorder.sparsity_scheduled) == 19 and float(measured_sparsity(learn.model)) == pytest.approx(.8, abs=.01)
