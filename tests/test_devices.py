@@ -1,5 +1,5 @@
 "Other devices than the CPU, without one: fake tensors say where everything is, and stop where the host asks for a value."
-import itertools, warnings
+import copy, itertools
 import pytest, torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
@@ -226,3 +226,29 @@ def test_masks_cause_no_compilation_of_their_own(learner, how, criterion):
     frames,breaks,learn = compilations(SparsifyCallback(.8, criteria=criterion, min_change=0))
     assert (frames, breaks) == compilations(None)[:2] and frames > 0
     assert len(learn.recorder.sparsity_scheduled) == 19 and float(measured_sparsity(learn.model)) == pytest.approx(.8, abs=.01)
+
+# Weights in half precision
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('granularity', ['weight', 'filter'])
+@pytest.mark.parametrize('criterion', criteria)
+def test_half_precision_is_scored_in_single(criterion, granularity, dtype):
+    "The same masks as for the same numbers in float32, whose squares and products do not vanish"
+    torch.manual_seed(0)
+    half = nn.Sequential(nn.Conv2d(8, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).to(dtype)
+    with torch.no_grad():
+        for p in half.parameters(): p.mul_(.02)
+    nets,sample = (half, copy.deepcopy(half).float()),torch.randn(2, 8, 9, 9).to(dtype)
+    made = [Sparsifier(n, granularity, criteria=criterion) for n in nets]
+    for p,q in zip(*(n.parameters() for n in nets)):
+        p.grad = (1e-5*torch.randn(p.shape)).to(dtype)
+        with torch.no_grad(): p.add_((.002*torch.randn(p.shape)).to(dtype))
+        q.data,q.grad = p.detach().float(),p.grad.float()
+    for sp in made:
+        sp.record_grad()
+        sp.update(.7, sample.to(sp.groups[0].weight.dtype))
+    known = made[0].groups[:1] if criterion.__name__ == 'wanda' else made[0].groups # the inputs of later layers are rounded
+    for g,h in zip(known, made[1].groups): assert torch.equal(g.mask, h.mask)
+    for g,row in zip(made[0].groups, made[0].measure().rows):
+        assert g.n_pruned == round(.7*g.n) == int((~g.mask).sum()) <= row[5]
+        assert (made[0].masks[g.name] | (g.weight == 0)).all()
