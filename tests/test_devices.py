@@ -1,5 +1,6 @@
 "Other devices than the CPU, without one: fake tensors say where everything is, and stop where the host asks for a value."
-import copy, itertools
+import copy, itertools, json, os, subprocess, sys
+from pathlib import Path
 import pytest, torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
@@ -252,3 +253,21 @@ def test_half_precision_is_scored_in_single(criterion, granularity, dtype):
     for g,row in zip(made[0].groups, made[0].measure().rows):
         assert g.n_pruned == round(.7*g.n) == int((~g.mask).sum()) <= row[5]
         assert (made[0].masks[g.name] | (g.weight == 0)).all()
+
+# The script for the day on which there is a GPU
+
+def test_the_gpu_script_runs_dry_and_goes_on_where_it_stopped(tmp_path):
+    root = Path(__file__).parent.parent
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]), OMP_NUM_THREADS='1')
+    def figures(*args):
+        run = subprocess.run([sys.executable, 'benchmarks/gpu.py', '--tiny', '--out', str(tmp_path), *args], cwd=root, env=env, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return json.loads((tmp_path/'gpu.json').read_text())['rows']
+    rows = figures('--parts', 'semi_structured,steps,latency,table') # the tests marked for CUDA are skipped in this very run
+    assert list(dict.fromkeys(r['part'] for r in rows)) == ['2:4', 'steps', 'latency', 'table', 'all'] and not [r for r in rows if r['name'] == 'failed']
+    assert {r['goal'] for r in rows if r['part'] == 'steps'} >= {'≤ 1.01', '≤ 1.05', '≤ 1.5'}
+    trainings = [r['value'] for r in rows if r['name'] == 'trainings']
+    assert trainings == ['4 new, 4 in all'] and [r['value'] for r in figures('--parts', 'table') if r['name'] == 'trainings'] == ['0 new, 4 in all']
+    lines = (tmp_path/'results.jsonl').read_text().splitlines()
+    (tmp_path/'results.jsonl').write_text('\n'.join(lines[:-1])+'\n') # as if the clock had stopped it
+    assert [r['value'] for r in figures('--parts', 'table') if r['name'] == 'trainings'] == ['1 new, 4 in all']
