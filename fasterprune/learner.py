@@ -11,10 +11,9 @@ from fastai.learner import Learner, Recorder, join_path_file
 from fastai.torch_core import rank_distrib
 from . import report, storage
 from .find import sparsity_find
-from .layers import tell
 from .optimizers import cut_optimizer
 from .probe import unwrap
-from .surgery import cut_channels
+from .surgery import cut_channels, wrapped_like
 from .tables import new_axes
 from .trial import as_before, one_batch
 
@@ -75,6 +74,8 @@ def save_sparse(self:Learner,
     return file
 
 # %% ../nbs/17_learner.ipynb #67e8e455
+_averaging = nn.parallel.DistributedDataParallel # it notes its parameters when it is made
+
 def _shapes(model): return [p.shape for p in model.parameters()]
 
 # %% ../nbs/17_learner.ipynb #b956c124
@@ -85,20 +86,12 @@ def load_sparse(self:Learner,
     "Load what `save_sparse` wrote; on any error the model is as it was."
     before = _shapes(self.model)
     storage.load_sparse(_file(self, file), self.model)
-    if self.opt is not None and _shapes(self.model) != before: self.opt.clear_state()
+    if _shapes(self.model) == before: return self
+    if any(isinstance(m, _averaging) for m in self.model.modules()): self.model = wrapped_like(unwrap(self.model), self.model)
+    if self.opt is not None: self.opt.clear_state()
     return self
 
-# %% ../nbs/17_learner.ipynb #31909d32
-def _replace(learn, model, small):
-    "Put `small` in the place of `model`, inside whatever wraps it"
-    outer = learn.model
-    if outer is model: learn.model = small; return
-    while hasattr(outer, 'module') and outer.module is not model: outer = outer.module
-    if hasattr(outer, 'module'): outer.module = small; return
-    learn.model = small # what was compiled is the large network
-    tell("the small network is not compiled yet: learn.model = torch.compile(learn.model)")
-
-# %% ../nbs/17_learner.ipynb #f3a71fea
+# %% ../nbs/17_learner.ipynb #9a59c71d
 class Shrunk(NamedTuple):
     "How many parameters a network had before its zero channels were cut out, and how many are left."
     before:int
@@ -116,6 +109,7 @@ def shrink(self:Learner,
     if sample is None: sample = one_batch(self)[0]
     model = unwrap(self.model)
     small,left = cut_channels(model, sample, round_to)
+    wrapped = wrapped_like(small, self.model)
     if self.opt is not None: cut_optimizer(self.opt, model, small, left)
-    _replace(self, model, small)
+    self.model = wrapped
     return Shrunk(_n_params(model), _n_params(small))
