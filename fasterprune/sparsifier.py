@@ -252,7 +252,7 @@ def is_of(self:Sparsifier,
     "Are the layers and norms of `model` those that are pruned here?"
     return all(here is there for here,there in self._counterparts(model).items())
 
-# %% ../nbs/09_sparsifier.ipynb #90f21992
+# %% ../nbs/09_sparsifier.ipynb #879cdaf1
 @patch
 def _work_on(self:Sparsifier, model): self.model,self._name_of = model,{m: n for n,m in model.named_modules()}
 
