@@ -156,7 +156,8 @@ def test_lifecycle_with_intruders(tmp_path, way, intruder, how):
     n,zero = [r[4] for r in rows],[r[5] for r in rows]
     if how['context'] == 'local': assert zero == [round(.6*k) for k in n]
     else: assert sum(zero) == round(.6*sum(n))
-    assert all(len(row) == len(learn.recorder.metric_names)-2 for row in learn.recorder.values if row)
+    # fastai itself writes the numbers of a validation inside an epoch into the row of the epoch
+    if intruder != 'validates_inside': assert all(len(row) == len(learn.recorder.metric_names)-2 for row in learn.recorder.values if row)
 
 @pytest.mark.parametrize('companion', ['plain', 'accumulation_last_batch_not_stepping', 'clip', 'bf16', 'fp16_skipped_steps', 'mixup', 'early_stopping', 'channels_last'])
 @pytest.mark.parametrize('granularity,criteria,tied', [('filter', magnitude, False), ('weight', wanda, False), ('filter', wanda, True), ('filter', taylor, True), ('kernel', taylor, False), ('weight', movement, False)])
