@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 import matplotlib; matplotlib.use('agg')
 import matplotlib.pyplot as plt
-from fasterprune.experiments.pictures import markdown, plot_accuracy, plot_params, write_report
+from fasterprune.experiments.pictures import markdown, plot_accuracy, plot_curves, plot_params, write_report
 from fasterprune.experiments.results import Results
 from fasterprune.experiments.summary import by_label, levels, paired, summarize
 
@@ -32,6 +32,7 @@ def quick():
     "Schedules and rivals, each with its own context or LAMP; then one-cycle with each context"
     every = rows('quick')
     write_report([r for r in every if usual(r)], here/'quick', heading(every), 'onecycle_log', times=False)
+    save(plot_curves, [r for r in every if usual(r) and r['sparsity'] in (0., .95)], here/'quick'/'sparsity.png', figsize=(8, 4))
     some = [r for r in every if r['schedule'] in ('dense', 'onecycle', 'onecycle_log') and r['sparsity'] in (0., .95, .98)]
     (here/'quick'/'contexts.md').write_text(report(some, 'onecycle_log lamp'))
     save(plot_accuracy, some, here/'quick'/'contexts.png', figsize=(7, 3.6))
