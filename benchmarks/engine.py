@@ -125,7 +125,7 @@ def machine():
     return dict(date=str(date.today()), version=fasterprune.__version__, torch=torch.__version__, threads=torch.get_num_threads(), processor=name, floats_a_vector=vector_width(), load=os.getloadavg()[0])
 
 def rows(): return json.loads((here/'rows.json').read_text()) if (here/'rows.json').exists() else []
-def key(r): return r['arch'], r['allocation'], r['sparsity'], r['batch'], r['size'], r['machine']['threads']
+def key(r): return r['arch'], r['allocation'], r['sparsity'], r['batch'], r['size'], r['machine']['threads'], r['machine']['floats_a_vector']
 def keep(new):
     here.mkdir(parents=True, exist_ok=True)
     kept = [r for r in rows() if key(r) != key(new)] + [new]
@@ -135,7 +135,7 @@ def run(args):
     wanted = [(a, 'local', s, b) for b in args.batch for a in args.arch for s in args.sparsity]
     if 'resnet18' in args.arch and 1 in args.batch: wanted += [('resnet18', al, s, 1) for al in ('erk', 'lamp') for s in args.sparsity if s]
     there = {key(r) for r in rows()} if not args.again else set()
-    todo = [w for w in wanted if (*w, args.size, torch.get_num_threads()) not in there]
+    todo = [w for w in wanted if (*w, args.size, torch.get_num_threads(), vector_width()) not in there]
     if len(todo) < len(wanted): print(f'{len(wanted) - len(todo)} of {len(wanted)} rows are in {here/"rows.json"} and are kept; add --again to measure them afresh')
     for w in todo:
         r = row(*w, args)
@@ -167,18 +167,37 @@ def equal(args):
 
 # tables
 
+def markdown(head, lines): return '\n'.join(['| ' + ' | '.join(head) + ' |', '|---' + '|---:'*(len(head)-1) + '|', *('| ' + ' | '.join(l) + ' |' for l in lines)])
+
 def write(name, head, lines, text):
-    body = '\n'.join(['| ' + ' | '.join(head) + ' |', '|---' + '|---:'*(len(head)-1) + '|', *('| ' + ' | '.join(l) + ' |' for l in lines)])
-    (here/f'{name}.md').write_text(f'{body}\n\n*{text}, {date.today()}, torch {torch.__version__}.*\n')
-    print(body)
+    (here/f'{name}.md').write_text(f'{markdown(head, lines)}\n\n*{text}, {date.today()}, torch {torch.__version__}.*\n')
+    print(markdown(head, lines))
+
+def line(r, names):
+    def cell(what, n):
+        if n not in r[what]: return '–'
+        least = r[what][n]['least']
+        return f'{least:.1f}' if what == 'ms' else f"{least:.2f} ({r[what][n]['median']:.2f})"
+    zero = f"{r['sparsity']:.0%}" + (f" {r['allocation']}" if r['sparsity'] else '')
+    return [f"{r['arch']}, {r['batch']}", zero, f"{r['left']:.0%}", *(cell('ms', n) for n in names), *(cell('ratio', n) for n in names[:-1])]
+
+vectors = {4: 'four floats a vector', 8: 'AVX2: eight floats a vector', 16: 'AVX-512: sixteen floats a vector'}
 
 def table(args):
-    all_rows = rows()
-    names = [n for n in ('PyTorch', 'torch.compile', 'ONNX Runtime', 'OpenVINO', 'fasterprune') if any(n in r['ms'] for r in all_rows)]
-    head = ['network, batch', 'weights zero', 'multiplications left', *(f'{n}, ms' for n in names), *(f'times as fast as {n}' for n in names[:-1])]
-    def cell(r, what, n): return (f"{r[what][n]['least']:.1f}" if what == 'ms' else f"{r[what][n]['least']:.2f} ({r[what][n]['median']:.2f})") if n in r[what] else '–'
-    lines = [[f"{r['arch']}, {r['batch']}", f"{r['sparsity']:.0%}" + (f" {r['allocation']}" if r['sparsity'] else ''), f"{r['left']:.0%}", *(cell(r, 'ms', n) for n in names), *(cell(r, 'ratio', n) for n in names[:-1])] for r in all_rows]
-    if lines: write('speed', head, lines, f"224×224 pixels, one thread of {all_rows[-1]['machine']['processor']} with {all_rows[-1]['machine']['floats_a_vector']} floats a vector; least processor time of interleaved rounds, ratios of the least times, and in brackets the median of the ratios round by round (`benchmarks/engine.py run`)")
+    "One table for each kind of processor, and each number of threads"
+    by = {}
+    for r in rows(): by.setdefault((r['machine']['floats_a_vector'], r['machine']['threads']), []).append(r)
+    parts = []
+    for (floats,threads),own in sorted(by.items(), reverse=True):
+        names = [n for n in ('PyTorch', 'torch.compile', 'ONNX Runtime', 'OpenVINO', 'fasterprune') if any(n in r['ms'] for r in own)]
+        head = ['network, batch', 'weights zero', 'multiplications left', *(f'{n}, ms' for n in names), *(f'times as fast as {n}' for n in names[:-1])]
+        dates,m = sorted({r['machine']['date'] for r in own}),own[-1]['machine']
+        text = (f"{own[0]['size']}×{own[0]['size']} pixels, threads: {threads}, of a 2-core x86-64 server without a GPU ({m['processor']}, {vectors[floats]}), other work running beside it; least "
+            f"{'processor time' if threads == 1 else 'time'} of interleaved rounds, ratios of the least times, and in brackets the median of the ratios round by round "
+            f"(`benchmarks/engine.py run`), {' and '.join(dates)}, torch {m['torch']}.")
+        parts.append('\n'.join([markdown(head, [line(r, names) for r in own]), '', f'*{text}*']))
+    (here/'speed.md').write_text('\n\n'.join(parts) + '\n')
+    print('\n\n'.join(parts))
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

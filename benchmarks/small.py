@@ -7,7 +7,8 @@
     OMP_NUM_THREADS=1 python benchmarks/small.py export              # PyTorch, TorchScript, torch.export, ONNX
     OMP_NUM_THREADS=1 python benchmarks/small.py accuracy --path cifar-10-batches-py
 
-Each command writes a JSON file of rows and a table in Markdown into benchmarks/results/small. Timings of one command are
+Each command writes a JSON file of rows and a table in Markdown into benchmarks/results/small. `latency` and `accuracy` keep rows that are
+there and say so; --again measures them afresh. Timings of one command are
 interleaved: in each round every contestant runs once, in random order; given are medians with quartiles.
 """
 import argparse, copy, io, json, platform, random, sys, tempfile, time, warnings, zipfile
@@ -115,10 +116,16 @@ def facts(m, x):
     with FlopCounterMode(display=False) as f, torch.no_grad(): m(x)
     return dict(params=sum(p.numel() for p in m.parameters()), macs=f.get_total_flops()//2, bytes=saved(m.state_dict()))
 
+def _tell_kept(file, n):
+    "A benchmark that has nothing to do says so"
+    if n: print(f'{n} of the settings are measured already, in {file.name}, and are kept; add --again to measure them afresh')
+
 def latency(args):
     out,x = here/f'latency-{args.arch}.json',torch.randn(1, 3, 224, 224)
     rows = json.loads(out.read_text())['rows'] if out.exists() else []
+    if args.again: rows = [r for r in rows if (r['sparsity'], r['batch']) not in {(s, b) for s in args.sparsity for b in args.batch}]
     todo = [(s, b) for s in args.sparsity for b in args.batch if not any((r['sparsity'], r['batch']) == (s, b) for r in rows)]
+    _tell_kept(out, len(args.sparsity)*len(args.batch) - len(todo))
     for s,batch in todo:
         nets = {'dense': build(args.arch), 'shrunk': cut(args.arch, s, x), 'shrunk, multiples of 16': cut(args.arch, s, x, 16)}
         try: nets['fasterai 0.4.1'] = peer(args.arch, s, x)
@@ -128,6 +135,7 @@ def latency(args):
         for n,ts in times.items():
             rows.append(dict(arch=args.arch, sparsity=s, batch=batch, net=n, ms=[1e3*q for q in quart(ts)], faster=quart(np.array(times['dense'])/ts), rounds=len(ts), **facts(nets[n], x)))
         _latency_table(args.arch, rows)
+    if not todo: print((here/f'latency-{args.arch}.md').read_text())
 
 def _latency_table(arch, rows):
     by = {(r['net'], r['sparsity'], r['batch']): r for r in rows}
@@ -178,9 +186,10 @@ def accuracy(args):
     from fasterprune.experiments import load_data, small_resnet
     out = here/f"accuracy{'' if args.path else '-digits'}.json"
     rows = json.loads(out.read_text())['rows'] if out.exists() else []
+    if args.again: rows = [r for r in rows if r['seed'] >= args.seeds]
     for seed in range(args.seeds):
         for s,coupled in [(0., False), (.5, True), (.5, False), (.3, True)]:
-            if any((r['sparsity'], r['coupled'], r['seed']) == (s, coupled, seed) for r in rows): continue
+            if any((r['sparsity'], r['coupled'], r['seed']) == (s, coupled, seed) for r in rows): _tell_kept(out, 1); continue
             set_seed(seed, reproducible=True)
             dls = load_data('cifar10', args.path, bs=128) if args.path else load_data('digits')
             set_seed(seed, reproducible=True)
@@ -209,6 +218,7 @@ if __name__ == '__main__':
     p.add_argument('what', choices=['sizes', 'speed', 'latency', 'export', 'accuracy'])
     p.add_argument('--arch', default='resnet18'); p.add_argument('--sparsity', type=float, nargs='+', default=[.3, .5, .7]); p.add_argument('--batch', type=int, nargs='+', default=[1, 32]); p.add_argument('--rounds', type=int)
     p.add_argument('--state', help='a trained state dict for `sizes`'); p.add_argument('--path', help='folder of CIFAR-10'); p.add_argument('--epochs', type=int, default=4); p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--again', action='store_true', help='latency and accuracy: measure afresh what is measured already')
     args = p.parse_args()
     torch.set_num_threads(1); random.seed(0)
     globals()[args.what](args)

@@ -143,10 +143,10 @@ def _most(self:Budget, group):
 
 @patch
 def _pattern_end(self:Budget, group):
-    "Blocks pruned when the pattern is complete"
-    if group.mask is None: return round(group.n*self._final)
+    "Blocks pruned when the pattern is complete; only a mask that came from elsewhere can have lost more in some lots, and is asked"
+    if group.given is None: return round(group.n*self._final)
     layer = group.layers[0]
-    mask = weight_view(layer.module, layer.over_weight(group.mask))
+    mask = weight_view(layer.module, layer.over_weight(group.given))
     return int(layer.blocks.prunable(weight_view(layer.module).abs(), mask).sum())
 
 @patch

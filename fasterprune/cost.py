@@ -95,8 +95,7 @@ class Latency:
 
 # %% ../nbs/10a_cost.ipynb #1b51c101
 def _wait_for(device):
-    if device.type == 'cuda': torch.cuda.synchronize(device)
-    elif device.type == 'mps': torch.mps.synchronize()
+    if device.type != 'cpu': torch.accelerator.synchronize(device)
 
 # %% ../nbs/10a_cost.ipynb #b219fc8d
 def _seconds(model, inputs, device):
@@ -114,7 +113,7 @@ def measure_latency(
     n:int=30, # Passes that are timed
     warmup:int=5, # Passes before them that are not
 ) -> Latency: # All times, with their median and quartiles
-    "Time forward passes of `sample`, in eval mode without gradients; `model` is left as it was."
+    "Time forward passes of `sample`, in eval mode without gradients, as written (not compiled); `model` is left as it was."
     if n < 1 or warmup < 0:
         raise ValueError(f"n got {n} and warmup {warmup}; at least one pass must be timed, such as n=30, warmup=5")
     device = next((p.device for p in model.parameters()), torch.device('cpu'))

@@ -4,7 +4,7 @@
 
 # %% ../nbs/01_criteria.ipynb #87d3fa60
 from __future__ import annotations
-import inspect, zlib
+import inspect, math, zlib
 from functools import partial
 from typing import Callable
 import torch, torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 __all__ = ['large_final', 'criteria_inputs', 'elementwise', 'is_elementwise', 'magnitude', 'squared', 'small_final', 'large_init',
            'small_init', 'large_init_large_final', 'small_init_small_final', 'magnitude_increase', 'movement',
            'movement_magnitude', 'updating_magnitude_increase', 'updating_movement', 'updating_movement_magnitude',
-           'gradient_magnitude', 'taylor', 'wanda', 'random_score', 'check_criteria']
+           'gradient_magnitude', 'taylor', 'wanda', 'fixed_random', 'random_score', 'check_criteria']
 
 # %% ../nbs/01_criteria.ipynb #a21bc5ca
 def elementwise(
@@ -178,14 +178,27 @@ def wanda(
     return weight.abs() * act
 
 # %% ../nbs/01_criteria.ipynb #6c1ab9af
+def _mixed(x):
+    "Whole numbers below 2³² in disorder: each bit of the result depends on all bits; no product overflows"
+    for shift,factor in ((16, 0x21f0aaad), (15, 0x735a2d97)): x = (x ^ (x >> shift)) * factor & 0xffffffff
+    return x ^ (x >> 15)
+
+def fixed_random(
+    shape:tuple, # Of the numbers
+    key:str, # Another key, other numbers
+    device:torch.device, # Where they are made
+) -> Tensor: # Uniform in [0, 1), float32
+    "Numbers that look random and are the same each time, on every device; no generator is touched."
+    numbers = _mixed(torch.arange(math.prod(shape), device=device)) ^ zlib.crc32(key.encode())
+    return (_mixed(numbers) >> 8).float().mul_(2.**-24).view(shape)
+
 def random_score(
     weight:Tensor, # Weights, any shape
     name:str, # Name of the layer
     seed:int=0, # Change it for another draw
 ) -> Tensor: # Scores uniform in [0, 1), shape of `weight`
     "A fixed random score per weight, the same for the same `name`, shape and `seed`."
-    gen = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name}'.encode()))
-    return torch.rand(weight.shape, generator=gen).to(weight.device)
+    return fixed_random(weight.shape, f'{seed} {name}', weight.device)
 
 # %% ../nbs/01_criteria.ipynb #163e40ca
 criteria_inputs = ('weight', 'init', 'prev', 'grad', 'act', 'name')

@@ -160,7 +160,7 @@ def _train_ends(self:ZerosCallback):
 @patch
 def _cancelled(self:ZerosCallback): pass
 
-# %% ../nbs/09a_events.ipynb #cc5e7849
+# %% ../nbs/09a_events.ipynb #3b855252
 _one_by_one = {'weight_decay', 'l2_reg', 'average_grad', 'average_sqr_grad', 'momentum_step', 'step_stat', 'sgd_step', 'rms_prop_step',
                'adam_step', 'radam_step', 'qhadam_step'} # of fastai's optimizers
 _one_by_one_torch = {'SGD', 'Adam', 'AdamW', 'NAdam', 'RAdam', 'RMSprop', 'Adagrad', 'Adamax', 'Adadelta'}

@@ -28,8 +28,21 @@ def _as_scores(keys):
     return keys.clamp(min=0).view(torch.float32 if keys.dtype == torch.int32 else torch.float64)
 
 # %% ../nbs/04b_keys.ipynb #d03b0481
+_short = 1<<22 # keys; with more of them, memory matters more than the number of operations
+
 def _kth_key(keys, k):
     "The `k`-th smallest key, if it is at least 0"
+    if not 0 < k <= len(keys): return keys.new_full((), 0 if k < 1 else torch.iinfo(keys.dtype).max)
+    short = len(keys) <= _short and keys.device.type != 'mps' # older systems of Apple's only know the topk of 16
+    return _kth_of_short(keys, k) if short else _kth_by_bits(keys, k)
+
+def _kth_of_short(keys, k):
+    "On the shorter side of it: the largest of the `k` smallest, or the smallest of the others and itself"
+    others = len(keys)+1 - k
+    if k <= others: return keys.topk(k, largest=False, sorted=False).values.amax().clamp(min=0)
+    return keys.topk(others, sorted=False).values.amin().clamp(min=0)
+
+def _kth_by_bits(keys, k):
     t = keys.new_zeros(())
     for bit in reversed(range(torch.iinfo(keys.dtype).bits-1)):
         higher = t + (1<<bit)

@@ -23,6 +23,7 @@ class Group:
     ):
         self.layers,self.dependents = list(layers),list(dependents)
         self.name,self.n,self.mask,self._n_pruned = self.layers[0].name,self.layers[0].n,None,0
+        self.given = None # the last mask that came from elsewhere: an earlier pruning, or the user
 
     @property
     def members(self) -> list: return [*self.layers, *self.dependents]
@@ -44,11 +45,12 @@ def set(self:Group,
     "Write the mask and the count."
     if wake and self.mask is not None: self._wake(mask & ~self.mask.to(mask.device))
     self.mask,self._n_pruned = mask,n_pruned
+    if n_pruned is None: self.given = mask
 
 @patch
 def forget(self:Group):
     "Nothing is pruned any more, or not yet."
-    self.mask,self._n_pruned = None,0
+    self.mask,self._n_pruned,self.given = None,0,None
 
 @patch
 def _wake(self:Group, grown):

@@ -11,7 +11,7 @@ from typing import Callable
 # %% auto #0
 __all__ = ['explain_names']
 
-# %% ../nbs/02b_names.ipynb #49885f78
+# %% ../nbs/02b_names.ipynb #974d5305
 _names_page = 'https://fasterprune.github.io/fasterprune/tutorials/coming_from/'
 _elsewhere = dict(
     layer_type='layers', end_sparsity='sparsity', method='context', sched_func='schedule', nm="granularity='2:4'",

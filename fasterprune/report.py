@@ -74,7 +74,7 @@ def _everything_else(model, rows, weights, flops):
     return LayerReport('all else', '', (), False, sum(t.numel() for t in params), sum(map(_zeros, params)), 0, 0,
                        sum(map(dense_bytes, tensors)), sum(map(sparse_bytes, tensors)), left, left)
 
-# %% ../nbs/11_report.ipynb #1b2532b0
+# %% ../nbs/11_report.ipynb #3b04a688
 @dataclass(repr=False)
 class SparsityReport(Table):
     "What a model is, layer by layer and in all; see `sparsity_report`."
@@ -82,6 +82,7 @@ class SparsityReport(Table):
     rest:LayerReport # Everything that is in none of the layers
     inputs:tuple|None = None # Shapes of the sample, if there was one
     latency:Latency|None = None # If it was asked for
+    fast_latency:Latency|None = None # Of the network from `fast_cpu`, if there was one
 
     @property
     def rows(self) -> list: return [*self.layers, self.rest]
@@ -128,7 +129,7 @@ def _scope(self:SparsityReport):
     zeros,n = self.total('zeros', True),self.total('params', True)
     return f"{self.sparsity_in_scope:.2%} of the weights in scope are zero ({zeros:,} of {n:,})" if n else "no layer is in scope"
 
-# %% ../nbs/11_report.ipynb #5ebb8fbb
+# %% ../nbs/11_report.ipynb #6e0c1345
 @patch
 def _notes(self:SparsityReport):
     total = _sum_row(self)
@@ -137,7 +138,9 @@ def _notes(self:SparsityReport):
     if self.inputs is not None:
         yield (f"FLOPs of an input of {' and '.join(map(_times, self.inputs))}: {si(total.flops)}, "
                f"of which {si(total.effective_flops)} are with nonzero weights; {_dense_kernels}")
+        yield f"multiplications left: {total.effective_flops/max(1, total.flops):.1%}; fast_cpu leaves out the others"
     if self.latency is not None: yield f"latency: {self.latency}; {_dense_kernels}"
+    if self.fast_latency is not None: yield f"latency with fast_cpu: {self.fast_latency}"
 
 # %% ../nbs/11_report.ipynb #be06f332
 @patch
@@ -167,15 +170,26 @@ def _row(owners, scope, flops):
     here = None if flops is None else sum(flops.get(n, 0) for n,_ in owners)
     return _layer(name, module, any(m in scope for _,m in owners), here)
 
-# %% ../nbs/11_report.ipynb #51738df9
+# %% ../nbs/11_report.ipynb #4b8a0129
+class _Called(nn.Module):
+    "A function as a network, to be timed like one"
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs): return self.function(*inputs)
+
+# %% ../nbs/11_report.ipynb #e3686526
 def sparsity_report(
     model:nn.Module, # Any network
     sample=None, # A batch of inputs, to count FLOPs with and to time: a tensor, or a tuple or list of them
     layers=nn.Conv2d, # What is in scope: a type or several, names, or a function `(name, module) -> bool`
     exclude=(), # Names of layers or containers that are not in scope
     latency:bool|int=False, # Time forward passes of `sample`: True for 30, or how many
+    fast=None, # What `fast_cpu(model, sample)` returned, to be timed too; `latency` then need not be asked for
 ) -> SparsityReport: # A table, with the totals and `to_frame`, `compare`
     "Count what `model` is: zeros, zero filters, bytes, and with a `sample` FLOPs and time."
+    latency = latency or fast is not None
     if latency and sample is None: raise ValueError("latency is measured on a sample: pass sample=, a batch of inputs for the model")
     scope,owners = _modules_in_scope(model, layers, exclude),_owners(model)
     flops = None if sample is None else count_flops(model, sample)
@@ -184,7 +198,9 @@ def sparsity_report(
     inputs = () if sample is None else as_inputs(sample, model)
     shapes = None if sample is None else tuple(tuple(x.shape) for x in inputs if isinstance(x, Tensor))
     passes = 30 if latency is True else latency
-    return SparsityReport(rows, rest, shapes, measure_latency(model, sample, passes) if latency else None)
+    timed = [model, *([] if fast is None else [_Called(fast)])] if latency else []
+    times = [measure_latency(m, sample, passes) for m in timed]
+    return SparsityReport(rows, rest, shapes, *times)
 
 # %% ../nbs/11_report.ipynb #ae729311
 def _arrow(show, before, after):

@@ -13,7 +13,7 @@ from .masks import Group
 from .members import PrunedLayer
 
 # %% auto #0
-__all__ = ['all_fine', 'bad_scores', 'check_finite', 'LazyScores', 'layer_scores', 'group_scores']
+__all__ = ['all_fine', 'bad_scores', 'check_finite', 'in_single', 'LazyScores', 'layer_scores', 'group_scores']
 
 # %% ../nbs/07a_scores.ipynb #6dc96a97
 def _name(criteria): return getattr(criteria, '__name__', repr(criteria))
@@ -45,6 +45,12 @@ def check_finite(
                      "is the learning rate too high?")
 
 # %% ../nbs/07a_scores.ipynb #8812b890
+def in_single(
+    t, # A tensor, or something else
+): # float32 instead of half precision; anything else as it is
+    "Squares and products of half precision vanish or overflow, so criteria get single precision."
+    return t.float() if isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16) else t
+
 def _as_scores(s, criteria, layer, shape=None):
     "What a criterion gave, as float32 or float64; `ValueError` if it is no tensor of the right shape"
     wanted = layer.weight.shape if shape is None else shape
@@ -75,7 +81,7 @@ class LazyScores:
     def __len__(self): return self.layer.n
 
     def __getitem__(self, part:slice) -> np.ndarray:
-        inputs = {k: v[part] for k,v in self.inputs.items()}
+        inputs = {k: in_single(v[part]) for k,v in self.inputs.items()}
         n = next(iter(inputs.values())).shape
         s = _as_scores(self.criteria(**inputs), self.criteria, self.layer, n)
         start,stop,step = part.indices(len(self))
@@ -94,7 +100,8 @@ def _spare(layer, view, mask):
     return view.masked_fill(~layer.blocks.prunable(view, mask), torch.inf)
 
 def _pooled(layer, criteria, inputs, mask):
-    s = _checked(_as_scores(criteria(**inputs), criteria, layer), criteria, layer)
+    s = criteria(**{k: in_single(v) for k,v in inputs.items()})
+    s = _checked(_as_scores(s, criteria, layer), criteria, layer)
     view = weight_view(layer.module, s)
     s = layer.blocks.pool(view) if layer.blocks.pattern is None else _spare(layer, view, mask)
     return layer.flat(weight_unview(layer.module, s)) if layer.blocks.single else s.reshape(-1)

@@ -16,7 +16,7 @@ from .masks import coupled_groups, lone_groups, own_groups
 from .members import PrunedLayer
 from .names import explain_names
 from .probe import as_inputs, input_scale, unwrap
-from .scores import bad_scores, check_finite, group_scores
+from .scores import bad_scores, check_finite, group_scores, in_single
 from .selection import BadScores, Selected, select_groups
 from .sparsity import Sparsity, check_sparsity, count_zeros, measured_sparsity
 from .tables import shortened
@@ -201,7 +201,7 @@ def record_grad(self:Sparsifier,
     "Take the gradients into the running mean, if the criterion asks for it."
     if 'grad' not in self.wants: return
     for l in self.layers:
-        if l.module.weight.grad is not None: _into_mean(l.state, l.module.weight.grad.detach(), beta)
+        if l.module.weight.grad is not None: _into_mean(l.state, in_single(l.module.weight.grad.detach()), beta)
 
 def _into_mean(state, grad, beta):
     "What is not finite is left out, without asking: on a GPU the host would have to wait"

@@ -16,7 +16,7 @@ from .probe import as_inputs, copied, untouched, unwrap
 from .tables import shortened
 
 # %% auto #0
-__all__ = ['zero_channels', 'cut_channels', 'shrink']
+__all__ = ['zero_channels', 'cut_channels', 'shrink', 'wrapped_like']
 
 # %% ../nbs/14_surgery.ipynb #c6090177
 def _zero_in_group(group, live):
@@ -184,3 +184,28 @@ def shrink(
 ) -> nn.Module: # A plain, smaller network
     "A copy of `model` without its zero channels, with the same outputs; `model` is unchanged. Errors name the layer."
     return cut_channels(model, sample, round_to)[0]
+
+# %% ../nbs/14_surgery.ipynb #ffe6c51e
+_settings_of_ddp = ('device_ids', 'output_device', 'dim', 'broadcast_buffers', 'process_group', 'find_unused_parameters',
+                    'gradient_as_bucket_view', 'static_graph')
+
+def _distributed_like(small, outer):
+    new = type(outer)(small, **{k: getattr(outer, k) for k in _settings_of_ddp})
+    for hook,state in outer._comm_hooks: new.register_comm_hook(state, hook)
+    new.training = outer.training
+    return new
+
+# %% ../nbs/14_surgery.ipynb #a87d6368
+_not_compiled = "the small network is not compiled yet: learn.model = torch.compile(learn.model)"
+
+def wrapped_like(
+    small:nn.Module, # The network that goes on
+    outer:nn.Module, # The network that it comes from, with what is wrapped around it
+) -> nn.Module: # `small`, wrapped alike, but not compiled
+    "Wrap `small` in the kinds of `DataParallel` and `DistributedDataParallel` that `outer` has; all ranks call this together."
+    if '_orig_mod' in outer._modules or outer._compiled_call_impl is not None: tell(_not_compiled)
+    if '_orig_mod' in outer._modules: return wrapped_like(small, outer._orig_mod)
+    if isinstance(outer, nn.parallel.DistributedDataParallel): return _distributed_like(wrapped_like(small, outer.module), outer)
+    if not isinstance(outer, nn.DataParallel): return small
+    outer.module = wrapped_like(small, outer.module)
+    return outer

@@ -5,7 +5,7 @@ import matplotlib; matplotlib.use('agg')
 import matplotlib.pyplot as plt
 from fasterprune.experiments.pictures import markdown, plot_accuracy, plot_params, write_report
 from fasterprune.experiments.results import Results
-from fasterprune.experiments.summary import by_label, paired, summarize
+from fasterprune.experiments.summary import by_label, levels, paired, summarize
 
 here = Path(__file__).parent
 
@@ -26,34 +26,32 @@ def heading(rows):
 
 def report(rows, reference=None): return '\n\n'.join([heading(rows), markdown(summarize(rows, False)), markdown(paired(rows, reference))]) + '\n'
 
+def usual(r): return r['schedule'] in ('dense', 'onecycle_log') or r['schedule'] != 'onecycle' or r['context'] == 'lamp'
+
 def quick():
-    "All schedules, locally; then the contexts"
+    "Schedules and rivals, each with its own context or LAMP; then one-cycle with each context"
     every = rows('quick')
-    dense = [r for r in every if r['schedule'] == 'dense']
-    local = dense + [r for r in every if r['schedule'] != 'dense' and r['context'] == 'local']
-    write_report(local, here/'quick', heading(local), times=False)
-    names = {r['schedule'] for r in every if r['context'] != 'local'}
-    some = dense + [r for r in every if r['schedule'] in names]
-    if not names: return
-    labels = list(by_label(some, .95))
-    (here/'quick'/'contexts.md').write_text(report(some, labels[0]))
-    save(plot_accuracy, some, here/'quick'/'contexts.png', figsize=(7, 1.2+.3*len(labels)))
+    write_report([r for r in every if usual(r)], here/'quick', heading(every), 'onecycle_log', times=False)
+    some = [r for r in every if r['schedule'] in ('dense', 'onecycle', 'onecycle_log') and r['sparsity'] in (0., .95, .98)]
+    (here/'quick'/'contexts.md').write_text(report(some, 'onecycle_log lamp'))
+    save(plot_accuracy, some, here/'quick'/'contexts.png', figsize=(7, 3.6))
 
 def params():
     every = rows('params')
-    if not every: return
     (here/'params'/'table.md').write_text(f'{heading(every)}\n\n{markdown(summarize(every, False))}\n')
     save(plot_params, every, here/'params'/'params.png', figsize=(7, 3))
 
-def advice():
-    "The advised recipe against the paper's own settings, one change after the other, on seeds that nothing was chosen by"
-    every = rows('advice')
-    if every: (here/'advice'/'table.md').write_text(report(every, 'onecycle lr 0.01 lamp'))
+def others():
+    "Folders that need no more than the usual report: digits, the paper's table, the multiplicative step"
+    for folder in sorted(f.parent for f in here.glob('*/results.jsonl')):
+        if folder.name in ('quick', 'params', 'tickets'): continue
+        every = rows(folder.name)
+        write_report(every, folder, heading(every), reference(every), times=False)
 
-def rivals():
-    "Every rival in one table"
-    every = rows('rivals')
-    if every: write_report(every, here/'rivals', heading(every), times=False)
+def reference(rows):
+    "The default among the contestants"
+    labels = [l for s in levels(rows) for l in by_label(rows, s)]
+    return next((l for l in labels if l.startswith('onecycle_log')), None)
 
 def readme():
     "Put the tables where README.md names their files"
@@ -61,4 +59,4 @@ def readme():
     text = (here/'README.md').read_text()
     (here/'README.md').write_text(re.sub(r'<!-- (\S+\.md) -->.*?<!-- end -->', table, text, flags=re.S))
 
-if __name__ == '__main__': quick(); params(); advice(); rivals(); readme()
+if __name__ == '__main__': quick(); params(); others(); readme()

@@ -12,17 +12,33 @@ criteria = [magnitude, small_final, squared, large_init, small_init, large_init_
 trainings = [dict(criteria=c) for c in criteria] + [dict(context=c) for c in ('erk', 'global', 'lamp')] + [dict(context='global', criteria=c) for c in (taylor, wanda, random_score)] + \
             [dict(granularity='filter', criteria=wanda), dict(granularity='kernel', context='global')]
 
-def train(rank, how):
-    from conftest import conv_net
-    set_seed(0); net = conv_net()
+def learner(rank, net):
     g = torch.Generator().manual_seed(rank) # each rank sees data of its own
     y = torch.arange(32) % 3
     x = torch.randn(32, 4, 6, 6, generator=g) * (1+rank) + y.view(-1, 1, 1, 1)
     ds = TensorDataset(x, y)
     dls = DataLoaders.from_dsets(ds, ds, bs=8, num_workers=0, device='cpu')
-    learn = Learner(dls, DistributedDataParallel(net), loss_func=CrossEntropyLossFlat())
+    return Learner(dls, DistributedDataParallel(net), loss_func=CrossEntropyLossFlat())
+
+def train(rank, how):
+    from conftest import conv_net
+    set_seed(0); net = conv_net()
+    learn = learner(rank, net)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2, cbs=SparsifyCallback(**{'sparsity': .8, **how}))
     return net
+
+def shrunk(rank):
+    "Filters pruned, cut, and trained on: how many channels are left, and are the ranks' weights the same before and after?"
+    from test_surgery import res
+    learn = learner(rank, res())
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2, cbs=SparsifyCallback(.5, 'filter', 'local', coupled=True))
+    learn.shrink()
+    net = learn.model.module
+    before = [p.detach().clone() for p in net.parameters()]
+    same = [all(map(equal, before))]
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
+    same.append(all(equal(p.detach()) for p in net.parameters()))
+    return dict(wrapped=isinstance(learn.model, DistributedDataParallel), channels=net.stem.out_channels, same=same, trained=not any(map(torch.equal, before, net.parameters())))
 
 def equal(t):
     both = [torch.empty_like(t) for _ in range(2)]
@@ -43,6 +59,7 @@ def worker(rank, folder):
         with torch.no_grad():
             net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)); net[1].weight *= 1e-9
         Sparsifier(net, context='global').sparsify(.9) # has something to say
+    res.append(shrunk(rank))
     res.append(sum('would have lost every block' in str(w.message) for w in told))
     with open(f'{folder}/{rank}.part', 'w') as f: json.dump(res, f)
     os.replace(f'{folder}/{rank}.part', f'{folder}/{rank}.json')
@@ -66,3 +83,7 @@ def test_ranks_agree(results, i):
         assert rank[i]['dead'] == (round(.8*sum(n)) if one else sum(round(.8*k) for k in n))
 
 def test_only_the_first_rank_talks(results): assert results[0][-1] >= 1 and results[1][-1] == 0
+
+@pytest.mark.situation
+def test_the_small_network_is_averaged_too(results):
+    for rank in results: assert rank[-2] == dict(wrapped=True, channels=4, same=[True, True], trained=True)

@@ -46,6 +46,9 @@ def test_the_three_ways_agree(problem, lazy):
     oracle = select_sorted(scores, k, masks, allow_inf=True)
     shown = [Lazy(s) for s in scores] if lazy else scores
     ways = [select_on_device(scores, k, masks, allow_inf=True), select(shown, k, masks, allow_inf=True)]
+    with pytest.MonkeyPatch.context() as patch: # as for rows of millions
+        patch.setattr(keys, '_short', 0)
+        ways.append(select_on_device(scores, k, masks, allow_inf=True))
     for got in ways: assert as_tuple(got) == as_tuple(oracle)
     assert all(torch.equal(a, b) for a,b in zip(before[0], scores)) # nothing that was passed in has changed
     assert all(a is b is None or torch.equal(a, b) for a,b in zip(before[1], masks or []))
@@ -128,6 +131,20 @@ def test_single_precision_keeps_the_count_and_a_millionth(problem):
     moved = [c[a != b] for c,a,b in zip(compared, got.masks, oracle.masks)]
     moved = torch.cat(moved)
     if len(moved): assert moved.max()-moved.min() <= 1e-6*moved.max() or moved.max() < 1e-30
+
+def test_single_precision_of_millions():
+    "The sums of millions of squares are pairwise, so the bound of a millionth holds for large layers too"
+    torch.manual_seed(0)
+    scores = [torch.randn(n).abs()*unit for n,unit in ((2_400_000, .01), (600_000, .02), (9_408, .1))]
+    k = round(.95*sum(map(len, scores)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keys, '_wide', lambda device: torch.float32)
+        got = select_on_device(scores, k, context=lamp)
+    oracle = select_sorted(scores, k, context=lamp)
+    assert sum(got.n_pruned) == sum(oracle.n_pruned) == k
+    moved = torch.cat([lamp(s)[a != b] for s,a,b in zip(scores, got.masks, oracle.masks)])
+    assert not len(moved) or moved.max()-moved.min() <= 1e-6*moved.max()
+    assert len(moved) <= 1e-5*sum(map(len, scores))
 
 @pytest.mark.parametrize('density', [1., .05])
 @pytest.mark.parametrize('context', [unscaled, lamp])
