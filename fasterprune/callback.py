@@ -204,9 +204,16 @@ def _train_ends(self:SparsifyCallback):
 @patch
 def _last_step(self:SparsifyCallback):
     end,groups = self.scheduled(1.),self._trained
+    self._tell_end(end)
     self._record.sparsity_scheduled.append((self._n_steps(), self._mean(end)))
     final = self.sparsifier.regrow and self._zeros_to_masks(end, groups)
     self._prune_to(end, groups, **(dict(regrow=False) if final else {}))
+
+@patch
+def _tell_end(self:SparsifyCallback, end):
+    wanted,got = self._mean(self.target),self._mean(end)
+    if not (self.sparsifier.regrow or math.isclose(wanted, got, abs_tol=1e-3)):
+        tell(f"the schedule ends at a sparsity of {got:.2%}, not at its target of {wanted:.2%}")
 
 @patch
 def _zeros_to_masks(self:SparsifyCallback, end, groups):

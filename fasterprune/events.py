@@ -24,7 +24,7 @@ class _Helper(Callback):
 
 class _First(_Helper):
     "Comes before all other callbacks"
-    order = -1_000_000
+    order = float('-inf')
     def before_fit(self): self.owner._bind(self.learn)
     def after_backward(self): self.owner._mask_grads()
     def after_step(self): self.owner._mask_weights()
@@ -32,7 +32,7 @@ class _First(_Helper):
 
 class _Last(_Helper):
     "Comes after all other callbacks, in validation as well"
-    order,run_valid = 1_000_000,True
+    order,run_valid = float('inf'),True
     def before_train(self): self.owner._train_begins()
     def before_batch(self): self.owner._step()
     def after_train(self): self.owner._train_ends()
@@ -129,6 +129,13 @@ def _before_validate(self:ZerosCallback):
     if not (self._idle() or self._opening): self._hold(moved=not getattr(self, '_strangers', True))
 
 @patch
+def _follow(self:ZerosCallback):
+    "The network, or a layer of it, may have been replaced"
+    model,sp = unwrap(self.learn.model),self.sparsifier
+    same = sp.model is model and not (self._strangers or self.learn.iter == 0)
+    if not (same or sp.is_of(model)): sp.move_to(model)
+
+@patch
 def _mask_weights(self:ZerosCallback):
     if self.sparsifier is None or self._idle(): return
     if not (self._reads_grads and self.sparsifier.regrow): self.sparsifier.record_grad()
@@ -140,9 +147,9 @@ def _step(self:ZerosCallback):
     if self._idle(): return
     if not self.learn.training: return self._before_validate()
     if self.sparsifier is None: self._start()
-    elif self.sparsifier.model is not unwrap(self.learn.model): self.sparsifier.move_to(self.learn.model)
-    self._prune()
+    else: self._follow()
     self._hold(moved=not self._strangers)
+    self._prune()
 
 # %% ../nbs/09a_events.ipynb #9cd371e2
 @patch
@@ -164,11 +171,13 @@ def _cancelled(self:ZerosCallback): pass
 _one_by_one = {'weight_decay', 'l2_reg', 'average_grad', 'average_sqr_grad', 'momentum_step', 'step_stat', 'sgd_step', 'rms_prop_step',
                'adam_step', 'radam_step', 'qhadam_step'} # of fastai's optimizers
 _one_by_one_torch = {'SGD', 'Adam', 'AdamW', 'NAdam', 'RAdam', 'RMSprop', 'Adagrad', 'Adamax', 'Adadelta'}
+_optimizer_hooks = ('_optimizer_step_pre_hooks', '_optimizer_step_post_hooks')
 _reading_events = ('after_backward', 'after_cancel_backward', 'before_step', 'after_step', 'after_cancel_step', 'after_cancel_batch')
 
 def _looks_at_norms(opt):
     "Does the optimizer's step of a weight depend on other gradients than its own? True if it is not known"
     inner = getattr(opt, 'opt', opt)
+    if any(getattr(inner, hooks, None) for hooks in _optimizer_hooks) or 'step' in vars(opt) | vars(inner): return True
     if type(inner).__module__.startswith('torch.optim'): return type(inner).__name__ not in _one_by_one_torch
     steps = getattr(inner, 'cbs', None)
     return type(inner).__name__ != 'Optimizer' or steps is None or not {_name_of(s) for s in steps} <= _one_by_one
@@ -225,6 +234,8 @@ def _write_column(self:ZerosCallback):
     recorder = getattr(self.learn, 'recorder', None)
     if self.sparsifier is None or recorder is None or self._idle() or self._opening: return
     if self._measured is None: self._measured = float(self.sparsifier.measure())
+    missing = recorder.metric_names.index(self._column) - len(recorder.log) # a validation that was cancelled leaves gaps
+    if missing > 0: recorder.log += [None]*missing
     recorder.log.append(self._measured)
 
 @patch

@@ -40,7 +40,8 @@ class Sparsifier(Budget):
         coupled:bool=False, # Are filters that make the same channels, through a residual sum for instance, pruned as one?
     ):
         self.wants = check_settings(granularity, context, criteria, coupled)
-        self.model,self.criteria = unwrap(model),criteria
+        self.criteria = criteria
+        self._work_on(unwrap(model))
         found = [PrunedLayer(n, m, granularity) for n,m in find_layers(self.model, layers, exclude).items()]
         for l in found: check_finite(l)
         groups,own,dense = _grouped(self.model, found, coupled, sample, regrow)
@@ -233,7 +234,7 @@ def apply_to(self:Sparsifier,
     model:nn.Module, # A copy of the network, whose layers have the same names
 ):
     "Set to zero in `model` what is pruned here: weights, biases and norms."
-    there = _counterparts(self.model, unwrap(model))
+    there = self._counterparts(model)
     with torch.no_grad():
         for g in [*self.groups, *self.own]: g.apply_to(there)
 
@@ -242,13 +243,29 @@ def move_to(self:Sparsifier,
     model:nn.Module, # A copy of the network that takes its place
 ):
     "Go on with `model`, with the same masks."
-    there = _counterparts(self.model, unwrap(model))
+    there = self._counterparts(model)
     for g in [*self.groups, *self.own]: g.move_to(there)
-    self.model = unwrap(model)
+    self._work_on(unwrap(model))
 
-def _counterparts(model, other):
-    "From the modules of `model` to those of the same names in `other`; `ValueError` if it has not all of them"
-    theirs = dict(other.named_modules(remove_duplicate=False))
-    missing = [n for n,_ in model.named_modules() if n not in theirs]
-    if missing: raise ValueError(f"the other network has no {shortened(missing)}; it must be a copy of the one that is pruned")
-    return {m: theirs[n] for n,m in model.named_modules()}
+@patch
+def is_of(self:Sparsifier,
+    model:nn.Module, # Any network
+) -> bool: # True if `move_to` would change nothing
+    "Are the layers and norms of `model` those that are pruned here?"
+    return all(here is there for here,there in self._counterparts(model).items())
+
+# %% ../nbs/09_sparsifier.ipynb #879cdaf1
+@patch
+def _work_on(self:Sparsifier, model): self.model,self._name_of = model,{m: n for n,m in model.named_modules()}
+
+@patch
+def _counterparts(self:Sparsifier, other):
+    "From each module that is pruned here to that of the same name in `other`; `ValueError` if it has not all of them, in the same shapes"
+    theirs = dict(unwrap(other).named_modules(remove_duplicate=False))
+    members = [m for g in [*self.groups, *self.own] for m in g.members]
+    odd = [m for m in members if not _alike(m, theirs.get(self._name_of[m.module]))]
+    if odd: raise ValueError(f"the other network has no {shortened(dict.fromkeys(self._name_of[m.module] for m in odd))} of the same shape; "
+                             "it must be a copy of the one that is pruned")
+    return {m.module: theirs[self._name_of[m.module]] for m in members}
+
+def _alike(member, other): return getattr(getattr(other, member.param, None), 'shape', None) == member.tensor.shape

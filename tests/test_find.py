@@ -225,3 +225,11 @@ def test_plot_sparsity_shows_the_loss(learner):
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ['sparsity, scheduled', 'sparsity, measured', 'learning rate', 'training loss']
     assert {a.get_ylabel() for a in ax.figure.axes} == {'sparsity', 'learning rate', 'training loss'}
     plt.close('all')
+
+def test_errors_are_to_be_small_and_scores_large():
+    from fastai.metrics import exp_rmspe, mae, msle, mse, rmse, R2Score, F1Score, Dice, Perplexity
+    from fasterprune.find import _bigger_is_better
+    import fastai.basics as fb
+    def name(m): return fb.mk_metric(m).name
+    assert not any(_bigger_is_better(name(m)) for m in (msle, exp_rmspe, mse, rmse, mae, Perplexity(), fb.error_rate))
+    assert all(_bigger_is_better(name(m)) for m in (fb.accuracy, R2Score(), F1Score(), Dice()))

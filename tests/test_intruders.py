@@ -4,9 +4,9 @@ from functools import partial
 import pytest, torch
 from torch import nn
 from torch.utils.data import DataLoader as TorchLoader, TensorDataset
-from fastai.basics import Callback, CancelEpochException, CancelFitException, CrossEntropyLossFlat, DataLoaders, Learner, params
+from fastai.basics import Callback, CancelEpochException, CancelFitException, CancelValidException, CrossEntropyLossFlat, DataLoaders, Learner, params
 from fastai.callback.all import FetchPredsCallback, GradientAccumulation, GradientClip
-from fastai.optimizer import Lamb, SGD
+from fastai.optimizer import Lamb, OptimWrapper, SGD
 from fasterprune.all import *
 from fasterprune.members import PrunedLayer
 from conftest import conv_net, fit
@@ -84,6 +84,40 @@ def test_the_model_is_replaced(learner):
     fit(learn, 3, cbs=[local(.8), Swap()])
     assert zeros(learn.model) == wanted(learn.model, .8)
 
+@pytest.mark.situation
+@pytest.mark.parametrize('epoch,new', [(1, lambda: nn.Conv2d(16, 16, 1)), (2, lambda: nn.Conv2d(16, 16, 1).double().float())])
+def test_a_layer_is_replaced(learner, epoch, new):
+    class Swap(Callback):
+        order = -30
+        def before_epoch(self):
+            if self.epoch == epoch: self.model[6] = new(); self.learn.create_opt()
+    learn = learner()
+    fit(learn, 3, cbs=[local(.8), Swap()])
+    assert zeros(learn.model) == wanted(learn.model, .8)
+
+def test_a_layer_of_another_shape_takes_its_place(learner):
+    class Swap(Callback):
+        order = -30
+        def before_epoch(self):
+            if self.epoch == 1: self.model[6] = nn.Conv2d(16, 16, 3, padding=1); self.learn.create_opt()
+    with pytest.raises(ValueError, match='has no 6 of the same shape'): fit(learner(), 3, cbs=[local(.8), Swap()])
+
+@pytest.mark.fault
+@pytest.mark.parametrize('value', [float('inf'), float('nan')])
+def test_pruned_weights_that_others_make_infinite(learner, value):
+    class Spoil(Callback):
+        order = 70
+        def after_batch(self):
+            for m in convs(self.learn.model): m.weight.data[m.weight == 0] = value
+    learn = learner()
+    fit(learn, 3, cbs=[local(.8), Spoil(), Memory()])
+    assert zeros(learn.model) == wanted(learn.model, .8) and all(m.weight.isfinite().all() for m in convs(learn.model))
+
+def test_whoever_comes_last_of_all_writes_in_vain(learner):
+    learn = learner()
+    fit(learn, 2, cbs=[local(.8), Noise('after_fit', 10**12)])
+    assert zeros(learn.model) == wanted(learn.model, .8)
+
 @pytest.mark.fault
 @pytest.mark.parametrize('order', [-50, 0, 70])
 @pytest.mark.parametrize('stop', [KeyboardInterrupt, CancelFitException])
@@ -109,6 +143,20 @@ def test_interrupted_inside_the_optimizer(learner):
     with pytest.raises(KeyboardInterrupt): fit(learn, 2, cbs=[local(.8, schedule=sched_oneshot), Halfway()])
     assert zeros(learn.model) == wanted(learn.model, .8)
 
+@pytest.mark.fault
+def test_after_an_interruption_nothing_is_masked_any_more(learner):
+    class Stop(Callback):
+        def after_step(self):
+            if self.learn.train_iter == 8: raise KeyboardInterrupt
+    learn = learner(cbs=local(.8, schedule=sched_oneshot))
+    with pytest.raises(KeyboardInterrupt): fit(learn, 2, cbs=Stop())
+    assert zeros(learn.model) == wanted(learn.model, .8)
+    for m in convs(learn.model): nn.init.normal_(m.weight)
+    with learn.no_bar(), learn.no_logging(): learn.validate(), learn.get_preds(), learn.lr_find(num_it=3, show_plot=False)
+    assert zeros(learn.model) == [0]*3
+    fit(learn, 2)
+    assert zeros(learn.model) == wanted(learn.model, .8)
+
 @pytest.mark.situation
 @pytest.mark.parametrize('event', ['after_backward', 'before_step', 'after_step'])
 @pytest.mark.parametrize('order', [-50, 60])
@@ -117,6 +165,26 @@ def test_gradients_of_pruned_weights_are_zero_for_every_reader(learner, event, o
     def look(self): seen.extend(float(m.weight.grad[m.weight == 0].abs().sum()) for m in convs(self.model) if (m.weight == 0).any())
     look_cb = type('Look', (Callback,), {event: look, 'order': order})
     fit(learner(), cbs=[SparsifyCallback(.8, schedule=sched_oneshot), look_cb()])
+    assert seen and max(seen) == 0
+
+def test_gradients_under_autocast_are_zero_too(learner):
+    seen = []
+    class Bf16(Callback):
+        order = 10
+        def before_batch(self): self.cast = torch.autocast('cpu', dtype=torch.bfloat16); self.cast.__enter__()
+        def after_pred(self): self.learn.pred = self.pred.float()
+        def after_loss(self): self.cast.__exit__(None, None, None)
+        def after_backward(self): seen.extend(float(m.weight.grad[m.weight == 0].abs().sum()) for m in convs(self.model) if (m.weight == 0).any())
+    learn = learner()
+    fit(learn, cbs=[local(.8, schedule=sched_oneshot), Bf16(), Memory()])
+    assert seen and max(seen) == 0 and zeros(learn.model) == wanted(learn.model, .8)
+
+def test_a_hook_on_the_optimizer_sees_masked_gradients(learner):
+    learn,seen = learner(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)),[]
+    learn.create_opt()
+    def look(*_): seen.extend(float(m.weight.grad[m.weight == 0].abs().sum()) for m in convs(learn.model) if (m.weight == 0).any())
+    learn.opt.opt.register_step_pre_hook(look)
+    fit(learn, cbs=SparsifyCallback(.8, schedule=sched_oneshot))
     assert seen and max(seen) == 0
 
 def test_an_optimizer_that_looks_at_norms_sees_masked_gradients(learner):
@@ -162,6 +230,19 @@ def test_two_callbacks_have_a_column_each(learner):
     assert list(names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'sparsity', 'sparsity 2', 'time']
     assert all(len(r) == len(names)-2 for r in rows)
     assert rows[-1][-2] == pytest.approx(.5, abs=.01) and rows[-1][-1] == pytest.approx(.9, abs=.02)
+
+def test_a_cancelled_validation_leaves_the_column_where_it_is(learner):
+    class Stop(Callback):
+        def after_pred(self):
+            if not self.training: raise CancelValidException
+    learn = learner()
+    fit(learn, 2, cbs=[local(.8), Stop()])
+    assert [dict(zip(learn.recorder.metric_names[1:], row))['sparsity'] for row in learn.recorder.values][-1] == pytest.approx(.8, abs=.01)
+
+def test_a_schedule_that_ends_elsewhere_is_told(learner):
+    learn = learner()
+    assert 'ends at a sparsity of 40.00%, not at its target of 80.00%' in told(lambda: fit(learn, cbs=local(.8, schedule=lambda start, end, pos: end/2*pos)))
+    assert zeros(learn.model) == wanted(learn.model, .4)
 
 def test_one_callback_on_two_learners(learner):
     cb = local(.8)

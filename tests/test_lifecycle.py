@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 import pytest, torch
 from fastai.basics import Callback, params
-from fastai.callback.all import CSVLogger, CutMix, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.all import CSVLogger, CutMix, EarlyStoppingCallback, FetchPredsCallback, GradientAccumulation, GradientClip, MixUp, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.optimizer import Adam, Lamb, OptimWrapper, SGD, ranger
@@ -108,6 +108,56 @@ def test_lifecycle(tmp_path, way, companion, opt, context):
     assert list(model.state_dict()) == keys and [type(c) for c in learn.cbs] == cbs and list(learn.metrics) == metrics
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
     assert not hasattr(learn, 'sparsify')
+
+# companions that write to weights, fetch predictions or validate inside, with every way to share the sparsity out
+
+class Writes(Callback):
+    "An average is swapped in for validation, and noise is added to all weights after each batch"
+    order = 70
+    def before_fit(self): self.mean = None
+    def after_batch(self):
+        if not self.training: return
+        now = [p.detach().add_(.001) for p in self.model.parameters()]
+        self.mean = [p.clone() for p in now] if self.mean is None else [.9*a + .1*b for a,b in zip(self.mean, now)]
+    def before_validate(self): self._swap()
+    def after_validate(self): self._swap()
+    def _swap(self):
+        if self.mean is None: return
+        now = [p.detach().clone() for p in self.model.parameters()]
+        for p,a in zip(self.model.parameters(), self.mean): p.data.copy_(a)
+        self.mean = now
+
+class Validates(Callback):
+    busy = False
+    def after_train(self): self._look()
+    def after_batch(self):
+        if self.training and self.learn.iter == 2: self._look()
+    def _look(self):
+        if self.busy: return
+        self.busy = True
+        self.learn.validate()
+        self.busy = False
+
+intruders = dict(writes_weights=Writes, fetches_predictions=FetchPredsCallback, validates_inside=Validates)
+kinds_of_sharing = dict(local=dict(context='local'), lamp=dict(context='lamp'), erk=dict(context='erk'), filters=dict(context='local', granularity='filter'),
+                        filters_global=dict(context='global', granularity='filter'), coupled_filters=dict(context='local', granularity='filter', coupled=True))
+intruded = [c for c in itertools.product(ways, intruders, kinds_of_sharing)]
+if not os.environ.get('FASTERPRUNE_FULL'): intruded = pairwise((ways, intruders, kinds_of_sharing))
+
+@pytest.mark.situation
+@pytest.mark.parametrize('way,intruder,how', intruded, ids=['-'.join(c) for c in intruded])
+def test_lifecycle_with_intruders(tmp_path, way, intruder, how):
+    learn = make_learner(opt_func=optimizers['sgd'], path=tmp_path, splitter=lambda m: [params(m[:3]), params(m[3:8]), params(m[8:])])
+    how = dict(granularity='weight', coupled=False) | kinds_of_sharing[how]
+    with warnings.catch_warnings(), learn.no_bar(), learn.no_logging():
+        warnings.simplefilter('ignore')
+        ways[way](learn, lambda: [SparsifyCallback(.6, **how), Watch(), intruders[intruder]()])
+    rows = [r for r in measured_sparsity(learn.model, granularity=how['granularity']).rows if learn.model.get_submodule(r[0]).weight.requires_grad]
+    n,zero = [r[4] for r in rows],[r[5] for r in rows]
+    if how['context'] == 'local': assert zero == [round(.6*k) for k in n]
+    else: assert sum(zero) == round(.6*sum(n))
+    # fastai itself writes the numbers of a validation inside an epoch into the row of the epoch
+    if intruder != 'validates_inside': assert all(len(row) == len(learn.recorder.metric_names)-2 for row in learn.recorder.values if row)
 
 @pytest.mark.parametrize('companion', ['plain', 'accumulation_last_batch_not_stepping', 'clip', 'bf16', 'fp16_skipped_steps', 'mixup', 'early_stopping', 'channels_last'])
 @pytest.mark.parametrize('granularity,criteria,tied', [('filter', magnitude, False), ('weight', wanda, False), ('filter', wanda, True), ('filter', taylor, True), ('kernel', taylor, False), ('weight', movement, False)])

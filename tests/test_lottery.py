@@ -199,3 +199,27 @@ def test_settings_of_every_kind_can_be_saved_and_taken_up(learner, tmp_path):
     assert {n: round((~m).float().mean().item(), 2) for n,m in ticket.masks.items()} == {'0': .5, '3': .75}
     assert {n: round((~m).float().mean().item(), 2) for n,m in load_ticket(tmp_path/'round_1.pt').masks.items()} == {'0': .29, '3': .5}
     assert same(quietly(find_ticket, learner(), **how).masks, ticket.masks)
+
+@pytest.mark.parametrize('granularity,coupled', [('filter', False), ('filter', True), ('2:4', False)])
+def test_controls_of_blocks_train_with_the_zeros_of_the_ticket(learner, granularity, coupled):
+    ticket = quietly(find_ticket, learner(), 2, 1e-2, sparsity=.5, granularity=granularity, coupled=coupled, rounds=2, rewind_epoch=1, exclude='0' if ':' in granularity else (), seed=0)
+    assert float(ticket) == pytest.approx(.5, abs=.05)
+    for t in (shuffled(ticket, 3), restarted(shuffled(ticket, 4), conv_net())):
+        learn = learner()
+        quietly(train_ticket, learn, t, 2, 1e-2, seed=0)
+        for n,mask in t.masks.items():
+            w = learn.model.get_submodule(n).weight
+            assert torch.equal(w != 0, mask)
+            if ':' in granularity: assert (mask.unflatten(1, (-1, 4)).sum(2) == 2).all()
+        if granularity == 'filter':
+            gone = ~t.masks['0'].flatten(1).any(1)
+            assert gone.any() and not learn.model[1].weight[gone].any() and not learn.model[1].bias[gone].any()
+
+@pytest.mark.fault
+def test_a_round_that_fails_leaves_no_ticket(learner, tmp_path):
+    from fastai.callback.core import Callback
+    class Crash(Callback):
+        def after_step(self):
+            if self.learn.train_iter == 5: raise RuntimeError('crash')
+    with pytest.raises(RuntimeError, match='crash'): quietly(find_ticket, learner(), 2, 1e-2, sparsity=.8, path=tmp_path, seed=0, cbs=Crash())
+    assert not list(tmp_path.iterdir())

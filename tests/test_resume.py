@@ -13,7 +13,7 @@ class SameOrder(Callback):
     def before_train(self): set_seed(100+self.epoch); self.dls.train.rng.seed(self.epoch)
 
 class Slow(Callback):
-    def before_batch(self): time.sleep(.01)
+    def before_batch(self): time.sleep(.03)
 
 def train(path, how, start=0, slow=False):
     learn = make_learner(path=path)
@@ -37,9 +37,12 @@ def test_sigkill_and_resume(tmp_path, how, kill):
     rng = random.Random(f'{how} {kill}')
     p = multiprocessing.get_context('fork').Process(target=train, args=(tmp_path/'killed', how, 0, True))
     p.start()
-    while not (tmp_path/'killed/models/model_0.pth').exists(): time.sleep(.005)
-    time.sleep(rng.uniform(0, .4))
-    os.kill(p.pid, signal.SIGKILL); p.join()
+    end = time.monotonic()+120
+    while p.is_alive() and time.monotonic() < end and not (tmp_path/'killed/models/model_0.pth').exists(): time.sleep(.005)
+    assert p.is_alive() and (tmp_path/'killed/models/model_0.pth').exists(), 'the training ended, or never came to its first checkpoint'
+    time.sleep(rng.uniform(0, .2))
+    os.kill(p.pid, signal.SIGKILL); p.join(60)
+    assert p.exitcode == -signal.SIGKILL and not (tmp_path/f'killed/models/model_{n_epochs-1}.pth').exists(), 'the kill fell outside the training'
     start = last_checkpoint(tmp_path/'killed')
     again = train(tmp_path/'killed', how, start)
     assert same(state(reference), state(again))

@@ -1,5 +1,5 @@
 "Small files: nothing is lost, nothing is believed, nothing is left half done."
-import copy, hashlib, json, os, pickle, random, struct, subprocess, sys
+import copy, hashlib, json, os, pickle, random, struct, subprocess, sys, tracemalloc
 import numpy as np, pytest, torch, zstandard
 from collections import OrderedDict
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -158,6 +158,49 @@ def test_a_bomb_is_not_unpacked():
     with pytest.raises(ValueError): unpack_state(sealed(b'', size=1000, frame=nameless), limit=1000)
     wide = container({'a': dict(dtype='complex128', shape=[10**9])}, {'values:a': u8(8, 0), 'gaps:a': u8(0)}) # nothing in it, and 16 GB to make
     with pytest.raises(ValueError, match='16,000,000,000 bytes'): unpack_state(sealed(wide), limit=10**6)
+
+@pytest.mark.fault
+def test_a_small_file_takes_little_memory(tmp_path):
+    "Whatever a right checksum is put on: a few megabytes at the most, as the model has only a few kilobytes"
+    m = Extra({'steps': 1}); state = m.state_dict()
+    entries = {k: dict(dtype='float32', shape=list(t.shape)) for k,t in state.items() if k != '_extra_state'}
+    values = {f'values:{k}': np.zeros((4, state[k].numel()), np.uint8) for k in entries}
+    def with_extra(text): return container(json.dumps(entries)[:-1] + ', "_extra_state": {"json": ' + text + '}}', values)
+    bombs = dict(gaps=container(entries, values | {'gaps:lin.weight': np.full(10**8, 255, np.uint8)}), shape=container(entries | {'lin.weight': dict(dtype='float64', shape=[10**9])}, values),
+                 wide=with_extra('[' + '[[]],'*10**6 + '0]'), deep=with_extra('['*10**6 + ']'*10**6), many=container({f'k{i}': {'json': 0} for i in range(10**5)}))
+    before = copy.deepcopy(state)
+    for name,raw in bombs.items():
+        (tmp_path/'f').write_bytes(sealed(raw)); size = (tmp_path/'f').stat().st_size
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError): load_sparse(tmp_path/'f', m)
+            assert tracemalloc.get_traced_memory()[1] < 40e6 + 3*size, name
+        finally: tracemalloc.stop()
+    assert same_bits(before, m.state_dict())
+
+def test_an_entry_of_two_kinds_is_none(tmp_path):
+    m = nn.Linear(1, 4, bias=False)
+    with pytest.raises(ValueError, match='no known kind'): unpack_state(sealed(container({'weight': dict(dtype='float32', shape=[4, 1], json=[1])}, {'values:weight': u8(4, 4)})))
+
+@pytest.mark.fault
+@pytest.mark.skipif(sys.platform == 'win32', reason='files have no limit there')
+def test_a_file_that_cannot_grow_any_more_leaves_the_old_one(tmp_path):
+    code = f"""
+import resource, signal, torch
+from torch import nn
+from fasterprune.storage import save_sparse
+from fasterprune.lottery import Ticket, save_ticket
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+m = nn.Conv2d(32, 32, 3)
+for write in (lambda: save_sparse(m, {str(tmp_path/'f')!r}), lambda: save_ticket(Ticket({{}}, m.state_dict()), {str(tmp_path/'t')!r})):
+    try: write()
+    except OSError as e: print(e.errno)
+"""
+    for name in 'ft': (tmp_path/name).write_bytes(b'old')
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120).stdout
+    assert out.split() == ['27', '27'] and sorted(os.listdir(tmp_path)) == ['f', 't']
+    assert [(tmp_path/name).read_bytes() for name in 'ft'] == [b'old']*2
 
 class Extra(nn.Module):
     def __init__(self, extra, fails=False): super().__init__(); self.lin,self.z,self.extra,self.fails = nn.Linear(3, 3),nn.Linear(3, 3),extra,fails
