@@ -77,7 +77,7 @@ def _tell_dense(self:Budget):
     for why in dict.fromkeys(self._dense.values()):
         self._tell([n for n,w in self._dense.items() if w == why], f"these layers stay dense, {why}")
     changed = [l.name for l in [l for g in self.groups for l in g.layers] if changes_weight(l.module)]
-    self._tell(changed, "these layers compute another weight from their parameter, so its zeros are no zeros where it is used")
+    self._tell(changed, "these layers compute another weight from their parameter, so its zeros are not zeros where it is used")
 
 # %% ../nbs/08b_budget.ipynb #6b5fa346
 @patch

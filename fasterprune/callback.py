@@ -87,7 +87,7 @@ def _at(self:SparsifyCallback, end, pos):
 
 @patch
 def _tell_overshoot(self:SparsifyCallback, s, end, pos):
-    if not self._overshot: tell(f"the schedule asks for {s:.3g} at pos={pos:.3g}, more than its target of {end:g}; it is cut off there")
+    if not self._overshot: tell(f"the schedule asks for {s:.3g} at pos={pos:.3g}, more than its target of {end:g}; it is clipped there")
     self._overshot = True
 
 @patch

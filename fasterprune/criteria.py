@@ -221,7 +221,7 @@ def check_criteria(
     if not callable(f) or isinstance(f, type): raise TypeError(f"criteria got {f!r}; {_criteria_help}")
     try: wants = _required(f)
     except (TypeError, ValueError): raise TypeError(
-        f"criteria {name!r} does not tell its parameters, as functions written in C do not: "
+        f"criteria {name!r} does not name its parameters, as functions written in C do not: "
         f"wrap it in a lambda; {_criteria_help}") from None
     bad = [p.name for p in wants if p.name not in criteria_inputs or p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
     if bad or not wants: raise TypeError(f"criteria {name!r} wants {', '.join(bad) or 'nothing'}; {_criteria_help}")

@@ -31,9 +31,9 @@ def _hex(index, n):
 def _index(text, n, n_left):
     "The inverse of `_hex`; `ValueError` if it is not `n_left` of `n`"
     packed = np.frombuffer(bytes.fromhex(text), np.uint8)
-    if packed.size != math.ceil(n/8): raise ValueError("a record of other channels than there are")
+    if packed.size != math.ceil(n/8): raise ValueError("a record that does not match the channels")
     index = np.flatnonzero(np.unpackbits(packed, count=n))
-    if len(index) != n_left: raise ValueError("a record of more or fewer channels than are left")
+    if len(index) != n_left: raise ValueError("a record that does not match the channels that are left")
     return torch.from_numpy(index)
 
 # %% ../nbs/12b_cuts.ipynb #c2513958
@@ -52,7 +52,7 @@ def left_of(
     "The indices in a record; `ValueError` if it does not belong to a tensor of this shape."
     of,texts = record['of'],record['left']
     if len(of) != len(shape) or len(texts) > len(of) or list(of[len(texts):]) != list(shape[len(texts):]):
-        raise ValueError("a record of another shape")
+        raise ValueError("a record of the wrong shape")
     return [_index(text, n, n_left) for text,n,n_left in zip(texts, of, shape)]
 
 # %% ../nbs/12b_cuts.ipynb #fa0ffec5

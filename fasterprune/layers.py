@@ -123,7 +123,7 @@ def changes_weight(
 def tell(
     text:str, # One line
 ):
-    "A warning; of the ranks of a distributed run, only the first gives it."
+    "A warning; in a distributed run, only the first rank gives it."
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_rank(): return
     warnings.warn(text, stacklevel=5)

@@ -251,7 +251,7 @@ def _train_round(learn, n_epoch, lr_max, one, ticket, rewind_epoch, seed, cbs):
     if ticket is not None: ticket.apply(learn.model)
     first,remember = _state(learn.model) if ticket is None else ticket.start,_Remember(rewind_epoch)
     _fit(learn, n_epoch, lr_max, [one, remember, *listify(cbs)], 0 if ticket is None else rewind_epoch, seed)
-    if one.found is None: raise ValueError("the training of the round did not come to its end, so there is no ticket")
+    if one.found is None: raise ValueError("the training of the round did not finish, so there is no ticket")
     start = remember.state if ticket is None and rewind_epoch else first
     if start is None: raise ValueError(f"the training of the round ended before rewind_epoch={rewind_epoch}, so there is no ticket")
     return Ticket(one.found, start)

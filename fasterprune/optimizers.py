@@ -94,4 +94,4 @@ def cut_optimizer(
     for o in chain:
         if 'state' in vars(o): o.state = move.states(o.state)
     _set_params(chain[-1], [move.params(ps) for ps in lists])
-    if move.anew: tell(f"the optimizer's state of these parameters cannot be cut, and starts anew: {shortened(move.anew)}")
+    if move.anew: tell(f"the optimizer's state of these parameters cannot be cut and starts afresh: {shortened(move.anew)}")

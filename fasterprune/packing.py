@@ -28,7 +28,7 @@ def bits(
 ) -> np.ndarray: # The bytes (uint8, 1-d), or with `n` the mask
     "Codec: one bit for each weight."
     if n is None: return np.packbits(a)
-    if a.size != math.ceil(n/8): raise ValueError("a mask of another size")
+    if a.size != math.ceil(n/8): raise ValueError("a mask of the wrong size")
     return np.unpackbits(a, count=n).astype(bool)
 
 # %% ../nbs/12a_packing.ipynb #d36b6618
@@ -59,7 +59,7 @@ def gaps(
     if n is None: return pack_gaps(np.flatnonzero(a))
     if a.size > n: raise ValueError("more gaps than weights")
     at = unpack_gaps(a)
-    if len(at) and at[-1] >= n: raise ValueError("a weight behind the last")
+    if len(at) and at[-1] >= n: raise ValueError("a weight beyond the last")
     mask = np.zeros(n, bool)
     mask[at] = True
     return mask
@@ -119,14 +119,14 @@ def _mask_of(parts, n, codecs):
     unknown = [name for name in where if name not in known]
     if unknown: raise ValueError(f"packed by a codec that is not known here: pass {', '.join(unknown)} in codecs=")
     mask = known[where[0]](parts[where[0]].reshape(-1), n)
-    if len(where) > 1 or mask.dtype != bool or mask.shape != (n,): raise ValueError("no mask of this tensor")
+    if len(where) > 1 or mask.dtype != bool or mask.shape != (n,): raise ValueError("not a mask of this tensor")
     return mask
 
 # %% ../nbs/12a_packing.ipynb #9c4703f6
 def _signed_zeros(packed, n, dtype):
     "`n` zeros, some of them negative"
     if packed is None: return np.zeros(n, dtype)
-    if packed.size != math.ceil(n/8): raise ValueError("signs for other zeros than there are")
+    if packed.size != math.ceil(n/8): raise ValueError("signs that do not match the zeros")
     signs = np.unpackbits(packed.reshape(-1), count=n).astype(dtype)
     return signs << (8*dtype.itemsize-1)
 
@@ -140,7 +140,7 @@ def unpack_tensor(
     "The inverse of `pack_tensor`; `ValueError` if the parts do not fit together."
     size = _word_size(dtype)
     n = math.prod(shape)*dtype.itemsize//size
-    if parts['values'].ndim != 2 or len(parts['values']) != size: raise ValueError("values of another type")
+    if parts['values'].ndim != 2 or len(parts['values']) != size: raise ValueError("values of the wrong type")
     words,mask = _words(parts['values']),_mask_of(parts, n, codecs)
     if len(words) != (n if mask is None else np.count_nonzero(mask)): raise ValueError("more or fewer values than there is room for")
     if mask is not None:

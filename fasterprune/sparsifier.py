@@ -66,7 +66,7 @@ def _grouped(model, layers, coupled, sample, regrow):
 def _coupled(model, layers, sample):
     if sample is None: raise ValueError("which filters are coupled is seen on a sample: pass sample=, a batch of inputs for the model")
     odd = [l for l in layers if not l.blocks.whole_outputs]
-    if odd: raise ValueError(f"coupled=True is for whole filters, and the blocks of layer {odd[0].name} are none: "
+    if odd: raise ValueError(f"coupled=True is for whole filters, and the blocks of layer {odd[0].name} are not filters: "
                              "pass granularity='filter'")
     groups,dense = coupled_groups(model, layers, sample)
     if groups: return groups, dense

@@ -42,7 +42,7 @@ def _json_entry(name, value):
     except (TypeError, ValueError): same = False
     if same: return {'json': value}
     raise TypeError(f"the entry {name!r} of the state dict is a {type(value).__name__}; "
-                    "tensors can be stored, and what JSON knows (numbers, strings, lists, dicts)")
+                    "tensors can be stored, and what JSON can hold (numbers, strings, lists, dicts)")
 
 # %% ../nbs/13_storage.ipynb #40ef4a11
 def _check_dense(name, t):
@@ -127,7 +127,7 @@ _kinds = ({'dtype', 'shape'}, {'dtype', 'shape', 'cut'}, {'json'}, {'same'})
 
 def _dtype(name):
     dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype): raise ValueError(f"{name} is no type of tensors")
+    if not isinstance(dtype, torch.dtype): raise ValueError(f"{name} is not a type of tensor")
     return dtype
 
 def _is_size(n): return isinstance(n, int) and not isinstance(n, bool) and n >= 0
@@ -135,11 +135,11 @@ def _is_size(n): return isinstance(n, int) and not isinstance(n, bool) and n >= 
 # %% ../nbs/13_storage.ipynb #588cd902
 def _types(entries):
     "For each tensor its type and shape"
-    if any(set(e) not in _kinds for e in entries.values()): raise ValueError("an entry of no known kind")
+    if any(set(e) not in _kinds for e in entries.values()): raise ValueError("an entry of unknown kind")
     what = {n: (_dtype(e['dtype']), tuple(e['shape'])) for n,e in entries.items() if 'dtype' in e}
     sizes = [i for _,shape in what.values() for i in shape]
     sizes += [i for e in entries.values() if 'cut' in e for i in e['cut']['of']]
-    if not all(map(_is_size, sizes)): raise ValueError("a shape with a size that is no size")
+    if not all(map(_is_size, sizes)): raise ValueError("a shape with an invalid size")
     return what
 
 # %% ../nbs/13_storage.ipynb #3dd20ba7
@@ -215,7 +215,7 @@ def _check_fits(state, what, names, cut):
     "`ValueError` unless the file is of a network like ours, or of one that was cut from it"
     missing,extra = [k for k in state if k not in names],sorted(k for k in names if k not in state)
     if missing: raise ValueError(f"it is of another model: it has no {shortened(missing, 5)}")
-    if extra: raise ValueError(f"it is of another model: it has {shortened(extra, 5)}, which the model has not")
+    if extra: raise ValueError(f"it is of another model: it has {shortened(extra, 5)}, which the model lacks")
     for k,t in state.items():
         mine,theirs = (t.dtype, tuple(t.shape)) if isinstance(t, Tensor) else None,what.get(k)
         if mine == theirs or _cut_here(mine, theirs, cut.get(k)): continue

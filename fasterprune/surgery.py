@@ -172,7 +172,7 @@ def cut_channels(
     small,left,done = found
     if plan and not done: raise ValueError(
         f"without the zero channels of {shortened([graph.names[m] for m in plan])} the network gives other outputs, "
-        "so its code must count channels in a way that is not seen; nothing was changed: leave the layer out of the pruning with exclude=")
+        "so its code counts channels where it is not seen; nothing was changed: leave the layer out of the pruning with exclude=")
     _tell_left_in(small, round_to, _reasons(graph, set(plan) - set(done)))
     return small, left
 

@@ -36,7 +36,10 @@ def described(o):
     rows = [(n, anno(n, d), value_name(d.default), d.docment or '') for n,d in found.items()]
     return [r for r in rows if r[0] not in ('self', 'cls') and (r[0] != 'return' or r[3])]
 
-def in_cell(text): return text.replace('|', r'\|').replace('\n', ' ')
+def in_cell(text):
+    "Text in a cell of a table; a bar separates cells, unless it is code"
+    parts = text.replace('\n', ' ').split('`')
+    return '`'.join(p if i % 2 else p.replace('|', r'\|') for i,p in enumerate(parts))
 
 def as_code(text): return f'`{text}`' if text else ''
 
@@ -125,7 +128,9 @@ def shown(output, to, alt):
     if re.sub(r'<[^>]*>', '', html).strip(): return f'<div class="output">\n{html}\n</div>'
     if 'text/markdown' in data: return data['text/markdown']
     text = ''.join(output.get('text', '')) or data.get('text/plain', '')
-    return f'```{{.text .output}}\n{text.rstrip()}\n```' if text.strip() and 'text/html' not in data else ''
+    if not text.strip() or 'text/html' in data: return ''
+    prose = ' .prose' if max(map(len, text.splitlines())) > 110 else ''
+    return f'```{{.text .output{prose}}}\n{text.rstrip()}\n```'
 
 def code_cell(cell, page, module, i, alt):
     source = ''.join(cell['source'])

@@ -27,22 +27,31 @@ def site(tmp_path_factory):
     make_docs.make_site(to)
     return SimpleNamespace(root=to, pages={p: Page(p) for p in sorted(to.rglob('index.html'))})
 
-def leads_to(page, url):
+address = re.search(r'^site_url: (\S+)', (make_docs.root/'mkdocs.yml').read_text(), re.M)[1]
+
+def leads_to(page, url, top):
     "File and anchor in the site or in the repository; None for other sites"
     url,_,anchor = unquote(url).partition('#')
+    if url.startswith(address): page,url = top/'index.html',url.removeprefix(address) or '.'
     if url.startswith(make_docs.home): return make_docs.root/url.removeprefix(make_docs.home+'/').removesuffix('?raw=true'), ''
     if re.match(r'[a-z]+:', url): return None
     to = Path(os.path.normpath(page.parent/url)) if url else page
     return to/'index.html' if to.is_dir() else to, anchor
 
 def test_every_link_and_anchor_of_the_site_leads_somewhere(site):
-    followed = [(page, url, leads_to(page, url)) for page,p in site.pages.items() for url in p.links]
+    followed = [(page, url, leads_to(page, url, site.root)) for page,p in site.pages.items() for url in p.links]
     inside = [(page, url, *to) for page,url,to in followed if to is not None]
     assert [(page, url) for page,url,file,_ in inside if not file.exists()] == []
     anchors = [(page, url, file, a) for page,url,file,a in inside if a and file in site.pages and not a.startswith('__')]
     assert [(page, url) for page,url,file,a in anchors if a not in site.pages[file].ids] == []
     assert len(inside) > 5000 and len(anchors) > 1000
     print(f'followed {len(inside)} links and {len(anchors)} anchors of {len(site.pages)} pages')
+
+def test_links_to_the_site_lead_there(site):
+    "From the README, from what machines read, and from errors"
+    texts = [p.read_text() for p in (make_docs.root/'README.md', make_docs.root/'nbs/llms.txt', *(make_docs.root/'fasterprune').glob('*.py'))]
+    urls = {u for t in texts for u in re.findall(re.escape(address)+r"[^\s)'\"}]*", t)}
+    assert len(urls) > 2 and [u for u in urls if not leads_to(site.root/'index.html', u, site.root)[0].exists()] == []
 
 def test_every_picture_says_what_it_shows(site):
     alts = [(page, a) for page,p in site.pages.items() for a in p.alts]

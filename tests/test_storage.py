@@ -227,7 +227,7 @@ def test_an_error_in_the_middle_of_loading_leaves_the_model_as_it_was(tmp_path):
 @pytest.mark.bad_input
 @pytest.mark.parametrize('make,text', [
     (lambda: conv_net(12), r'0.weight is float32 of shape \(8, 4, 3, 3\) in the file and float32 of shape \(12, 4, 3, 3\) in the model'), (lambda: conv_net().half(), 'convert the model first'),
-    (lambda: nn.Sequential(*conv_net(), nn.Linear(3, 3)), 'it has no 11.weight, 11.bias'), (lambda: conv_net()[:-1], 'it has 10.weight, 10.bias, which the model has not')])
+    (lambda: nn.Sequential(*conv_net(), nn.Linear(3, 3)), 'it has no 11.weight, 11.bias'), (lambda: conv_net()[:-1], 'it has 10.bias, 10.weight, which the model lacks')])
 def test_models_that_do_not_fit(tmp_path, make, text):
     save_sparse(conv_net(), tmp_path/'f'); m = make(); before = copy.deepcopy(m.state_dict())
     with pytest.raises(ValueError, match=text): load_sparse(tmp_path/'f', m)

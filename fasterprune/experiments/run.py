@@ -125,8 +125,8 @@ def settings_key(
         if f.name == 'path': continue
         try: config[f.name] = [label_of(value), described(_found(f.name, plain(value)))]
         except TypeError as e: raise ValueError(f"{f.name} {label_of(value)!r} holds {e}: "
-                                                "its rows could not be told from others in a file. "
-                                                "Make it a plain function of plain values, or do without out=") from None
+                                                "its rows could not be distinguished from others in a file. "
+                                                "Make it a plain function of plain values, or leave out= away") from None
     return run_key(config)
 
 # %% ../../nbs/experiments/05_run.ipynb #f51d8c0a
