@@ -53,6 +53,10 @@ class Sparsifier(Budget):
         name = getattr(self.criteria, '__name__', self.criteria)
         return f"Sparsifier({len(self.layers)} layers, granularity={self.granularity!r}, context={self.context!r}, criteria={name})"
 
+# %% ../nbs/09_sparsifier.ipynb #1d7aea05
+@patch
+def _work_on(self:Sparsifier, model): self.model,self._name_of = model,{m: n for n,m in model.named_modules()}
+
 # %% ../nbs/09_sparsifier.ipynb #83d7eff3
 def _grouped(model, layers, coupled, sample, regrow):
     "Groups to select from, groups that stay as they are, and the reasons why layers are in none"
@@ -255,9 +259,6 @@ def is_of(self:Sparsifier,
     return all(here is there for here,there in self._counterparts(model).items())
 
 # %% ../nbs/09_sparsifier.ipynb #879cdaf1
-@patch
-def _work_on(self:Sparsifier, model): self.model,self._name_of = model,{m: n for n,m in model.named_modules()}
-
 @patch
 def _counterparts(self:Sparsifier, other):
     "From each module that is pruned here to that of the same name in `other`; `ValueError` if it has not all of them, in the same shapes"
