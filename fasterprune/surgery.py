@@ -185,7 +185,7 @@ def shrink(
     "A copy of `model` without its zero channels, with the same outputs; `model` is unchanged. Errors name the layer."
     return cut_channels(model, sample, round_to)[0]
 
-# %% ../nbs/14_surgery.ipynb #8e6768cf
+# %% ../nbs/14_surgery.ipynb #065d15b9
 _settings_of_ddp = ('device_ids', 'output_device', 'dim', 'broadcast_buffers', 'process_group', 'find_unused_parameters',
                     'gradient_as_bucket_view', 'static_graph')
 
@@ -195,7 +195,7 @@ def _distributed_like(small, outer):
     new.training = outer.training
     return new
 
-# %% ../nbs/14_surgery.ipynb #fcbdac05
+# %% ../nbs/14_surgery.ipynb #b4c0bf51
 _not_compiled = "the small network is not compiled yet: learn.model = torch.compile(learn.model)"
 
 def wrapped_like(
