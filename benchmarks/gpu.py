@@ -180,7 +180,7 @@ def part_table(f):
     for (schedule,context),rs in groups.items():
         accuracies = 100*np.array([r['accuracy'] for r in rs])
         f.add('table', f"{rs[0]['data']}, {rs[0]['arch']}, {schedule}" + ('' if schedule == 'dense' else f", {context}, {rs[0]['sparsity']:.0%}"),
-              f'{accuracies.mean():.2f} ± {accuracies.std(ddof=1) if len(rs) > 1 else float("nan"):.2f} % (n={len(rs)}), zeros {np.mean([r["measured"] for r in rs]):.4f}')
+              f'{accuracies.mean():.2f}' + (f' ± {accuracies.std(ddof=1):.2f}' if len(rs) > 1 else '') + f' % (n={len(rs)}), zeros {np.mean([r["measured"] for r in rs]):.4f}')
 
 parts = dict(tests=part_tests, semi_structured=part_semi_structured, steps=part_steps, latency=part_latency, table=part_table)
 
