@@ -174,7 +174,7 @@ def input_scale(
     modules:list, # Layers whose inputs are wanted
     sample, # A batch of inputs for `model`
 ) -> dict: # From layer to the root mean square of its input per channel, in a shape that broadcasts to its weight
-    "How large each input channel of each layer is on `sample`; of a distributed run's ranks, all call this: their mean squares are averaged."
+    "How large each input channel of each layer is on `sample`; the mean squares of all ranks, which call this together, are averaged."
     sums,names = _sums_of_squares(model, modules, sample),{m: n for n,m in unwrap(model).named_modules()}
     for m in modules:
         if m not in sums: raise ValueError(

@@ -102,7 +102,8 @@ def _spare(layer, view, mask):
 def _pooled(layer, criteria, inputs, mask):
     s = criteria(**{k: in_single(v) for k,v in inputs.items()})
     s = _as_scores(s, criteria, layer)
-    if s.device.type == 'cpu' or not layer.blocks.single or layer.blocks.pattern: s = _checked(s, criteria, layer) # else the selection will see
+    seen_later = s.device.type != 'cpu' and layer.blocks.single and layer.blocks.pattern is None # by the selection
+    if not seen_later: s = _checked(s, criteria, layer)
     view = weight_view(layer.module, s)
     s = layer.blocks.pool(view) if layer.blocks.pattern is None else _spare(layer, view, mask)
     return layer.flat(weight_unview(layer.module, s)) if layer.blocks.single else s.reshape(-1)
