@@ -90,9 +90,11 @@ def _unit(key, dtype):
     bits = (top - exponent.clamp(0, top-1)) << shift
     return bits.view(torch.float32 if key.dtype == torch.int32 else torch.float64).to(dtype)
 
+_infinite = {torch.int32: 0x7f800000, torch.int64: 0x7ff0000000000000} # the key of an infinite score
+
 def _finite(keys):
     "Without the keys of infinite scores, and larger ones: these stay, and are no part of any tail"
-    return torch.where(keys < (0x7f800000 if keys.dtype == torch.int32 else 0x7ff0000000000000), keys, 0)
+    return torch.where(keys < _infinite[keys.dtype], keys, 0)
 
 def _wide(device): return torch.float32 if device.type == 'mps' else torch.float64
 
@@ -104,15 +106,30 @@ class _Rows:
         self.counts = [-(-n//_width) for n in self.sizes]
         top = torch.iinfo(parts[0].dtype).max
         arrays = [p.sort().values for p in parts]
-        self.units = [_unit(_finite(a).amax(0, keepdim=True), wide) for a in arrays]
         rows = [torch.cat([a, a.new_full((c*_width-len(a),), top)]).view(c, _width) for a,c in zip(arrays, self.counts)]
-        sums = [self._squares(r, u).sum(1) for r,u in zip(rows, self.units)]
+        del arrays
+        self.keys = torch.cat(rows)
+        self.in_order = [r.flatten()[:n] for r,n in zip(self.keys.split(self.counts), self.sizes)]
+        self.size = torch.cat([p.new_full((1,), n) for p,n in zip(parts, self.sizes)]).long()
+        self.start = F.pad((self.size + _width-1) // _width * _width, (1, 0)).cumsum(0)[:-1] # of each array in the row of all keys
+        self.units = _unit(self._largest(), wide)
+        sums = [self._squares(r, self.units[i]).sum(1) for i,r in enumerate(rows)]
         tails = _from_the_end(pad_sequence(sums, batch_first=True))
         self.tails = torch.cat([t[:c] for t,c in zip(F.pad(tails, (0, 1))[:,1:], self.counts)])
-        self.keys,self.sums = torch.cat(rows),torch.cat(sums)
+        self.sums = torch.cat(sums)
         self.array = torch.cat([p.new_full((c,), i) for i,(p,c) in enumerate(zip(parts, self.counts))]).long()
         self.number = torch.cat([torch.arange(c, device=p.device) for p,c in zip(parts, self.counts)])
-        self.unit = torch.cat([u.expand(c) for u,c in zip(self.units, self.counts)])
+        self.unit = self.units[self.array]
+
+    def at(self, number):
+        "The key with this number in each array"
+        return self.keys.flatten()[self.start + number.clamp(min=0)]
+
+    def _largest(self):
+        "The largest finite key of each array, 0 if there is none"
+        infinite = _infinite[self.keys.dtype]
+        n = torch.cat([torch.searchsorted(a, a.new_full((1,), infinite)) for a in self.in_order])
+        return _finite(self.at(n-1)).clamp(min=0)
 
     def _squares(self, keys, unit):
         return (_as_scores(_finite(keys)).to(self.wide)*unit).square()
@@ -132,8 +149,7 @@ def _likely(rows, k, by_tail):
     j = min(n, max(0, -(-k//_width)-1))
     early = torch.zeros(n, dtype=torch.bool, device=order.device).index_fill_(0, order[:j], True)
     begun = torch.stack([e.sum() for e in early.split(rows.counts)])
-    start = torch.stack([begun.new_full((), sum(rows.counts[:i])) for i in range(m)])
-    last = torch.where(begun > 0, start+begun-1, n) # n: no row
+    last = torch.where(begun > 0, rows.start//_width + begun-1, n) # n: no row
     return torch.cat([order[j:j+m+1], last]), (begun-1).clamp(min=0)
 
 # %% ../nbs/04b_keys.ipynb #6b0f2401
@@ -143,9 +159,8 @@ def _inside(rows, likely, by_tail):
     there,r = likely < n, likely.clamp(max=n-1)
     keys,unit,array = rows.keys[r],rows.unit[r][:,None],rows.array[r]
     tails = _from_the_end(rows._squares(keys, unit)) + rows.tails[r][:,None]
-    sizes = torch.cat([array.new_full((1,), s) for s in rows.sizes])
     place = rows.number[r][:,None]*_width + torch.arange(_width, device=r.device)
-    spare = (place >= sizes[array][:,None]-1) & (keys >= 0) | ~there[:,None]
+    spare = (place >= rows.size[array][:,None]-1) & (keys >= 0) | ~there[:,None]
     return _compared(rows, keys, tails, unit, by_tail).masked_fill(spare, torch.inf), array
 
 # %% ../nbs/04b_keys.ipynb #96a99be7
@@ -169,25 +184,28 @@ def _n_gone(rows, k, by_tail):
     return before + smaller + torch.minimum(equal, quota.clamp(min=0)), t
 
 # %% ../nbs/04b_keys.ipynb #91899791
-def _gone_of(part, in_order, n):
-    "Which of an array are its `n` smallest"
-    t = torch.where(n > 0, in_order.gather(0, (n-1).clamp(min=0)), -2)
-    quota = n - (in_order < t).sum()
-    best = in_order[-1:]
-    alike = (t == best) & (_finite(best) == 0)
+def _gone_of(part, t, first, last):
+    "Which of an array are below `t`, and of those equal to it the ones from number `first` to `last`"
     tied = part == t
-    rank = tied.cumsum(0, dtype=torch.int32) - alike.int()
-    return (part < t) | (part < 0) | tied & (rank <= quota) & ~(alike & (rank == 0))
+    rank = tied.cumsum(0, dtype=torch.int32)
+    return (part < t) | tied & (rank > first) & (rank <= last)
+
+def _smallest(rows, parts, n):
+    "Which of each array are its `n` smallest"
+    t,best = rows.at(n-1).clamp(min=0),rows.at(rows.size-1)
+    below = torch.cat([torch.searchsorted(a, t[i:i+1]) for i,a in enumerate(rows.in_order)])
+    first = ((t == best) & (_finite(best) == 0)).long() # is it the first of these that stays?
+    last = n - below + first
+    return [_gone_of(p, t[i], first[i], last[i]) for i,p in enumerate(parts)]
 
 # %% ../nbs/04b_keys.ipynb #929773ab
 def _gone_by_tail(parts, k, by_tail, wide):
     "As `_gone_as_they_are` for several arrays, by what a score with its tail compares to"
     rows = _Rows(parts, wide)
     n,t = _n_gone(rows, k, by_tail)
-    in_order = [r.flatten()[:s] for r,s in zip(rows.keys.split(rows.counts), rows.sizes)]
-    best = [_compared(rows, a[-1:], rows._squares(a[-1:], u), u, by_tail) for a,u in zip(in_order, rows.units)]
-    rescued = [(b >= 0) & (b < t) for b in best]
-    return [_gone_of(p, a, n[i:i+1]) for i,(p,a) in enumerate(zip(parts, in_order))], rescued
+    top = rows.at(rows.size-1)
+    best = _compared(rows, top, rows._squares(top, rows.units), rows.units, by_tail)
+    return _smallest(rows, parts, n), ((best >= 0) & (best < t)).split(1)
 
 # %% ../nbs/04b_keys.ipynb #f117f1ab
 class Started(NamedTuple):

@@ -101,7 +101,9 @@ def _spare(layer, view, mask):
 
 def _pooled(layer, criteria, inputs, mask):
     s = criteria(**{k: in_single(v) for k,v in inputs.items()})
-    s = _checked(_as_scores(s, criteria, layer), criteria, layer)
+    s = _as_scores(s, criteria, layer)
+    seen_later = s.device.type != 'cpu' and layer.blocks.single and layer.blocks.pattern is None # by the selection
+    if not seen_later: s = _checked(s, criteria, layer)
     view = weight_view(layer.module, s)
     s = layer.blocks.pool(view) if layer.blocks.pattern is None else _spare(layer, view, mask)
     return layer.flat(weight_unview(layer.module, s)) if layer.blocks.single else s.reshape(-1)

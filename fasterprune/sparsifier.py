@@ -53,7 +53,7 @@ class Sparsifier(Budget):
         name = getattr(self.criteria, '__name__', self.criteria)
         return f"Sparsifier({len(self.layers)} layers, granularity={self.granularity!r}, context={self.context!r}, criteria={name})"
 
-# %% ../nbs/09_sparsifier.ipynb #1d7aea05
+# %% ../nbs/09_sparsifier.ipynb #10817442
 @patch
 def _work_on(self:Sparsifier, model): self.model,self._name_of = model,{m: n for n,m in model.named_modules()}
 

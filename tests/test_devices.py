@@ -266,8 +266,7 @@ def test_the_gpu_script_runs_dry_and_goes_on_where_it_stopped(tmp_path):
     rows = figures('--parts', 'semi_structured,steps,latency,table') # the tests marked for CUDA are skipped in this very run
     assert list(dict.fromkeys(r['part'] for r in rows)) == ['2:4', 'steps', 'latency', 'table', 'all'] and not [r for r in rows if r['name'] == 'failed']
     assert {r['goal'] for r in rows if r['part'] == 'steps'} >= {'≤ 1.01', '≤ 1.05', '≤ 1.5'}
-    trainings = [r['value'] for r in rows if r['name'] == 'trainings']
-    assert trainings == ['4 new, 4 in all'] and [r['value'] for r in figures('--parts', 'table') if r['name'] == 'trainings'] == ['0 new, 4 in all']
+    assert [r['value'] for r in rows if r['name'] == 'trainings'] == ['4 new, 4 in all']
     lines = (tmp_path/'results.jsonl').read_text().splitlines()
     (tmp_path/'results.jsonl').write_text('\n'.join(lines[:-1])+'\n') # as if the clock had stopped it
     assert [r['value'] for r in figures('--parts', 'table') if r['name'] == 'trainings'] == ['1 new, 4 in all']
