@@ -19,7 +19,7 @@ from .sparsity import Sparsity, measured_sparsity
 from .sparsifier import Sparsifier
 from .callback import KeepSparsity, SparsifyCallback
 
-# %% ../nbs/18_all.ipynb #d852b70c
+# %% ../nbs/18_all.ipynb #d101668c
 from .cost import Latency, count_flops, dense_bytes, measure_latency, sparse_bytes
 from .report import Comparison, SparsityReport, sparsity_report
 from .pictures import plot_granularities, plot_kernels, plot_layers, plot_weights
