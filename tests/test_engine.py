@@ -160,6 +160,12 @@ def test_linear_layers_of_any_shape():
     m = sparse(nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 9), nn.SiLU()))
     for shape in ((5, 12), (2, 7, 12), (2, 4, 3, 12)): assert how(check(m, torch.randn(shape)))['0'] == 'sparse'
 
+@pytest.mark.parametrize('batch,shape', [(1, (1280,)), (3, (1280,)), (4, (600, 5, 5))])
+def test_many_inputs_on_few_pixels(batch, shape):
+    "The inputs are walked in blocks, and the sums that rest in a channel meanwhile are not the next channel's to overwrite"
+    layer = nn.Linear(*shape, 40) if len(shape) == 1 else nn.Conv2d(shape[0], 40, 1)
+    check(sparse(nn.Sequential(layer), .1), torch.randn(batch, *shape))
+
 def test_saved_and_loaded(tmp_path):
     m,x = sparse(nets['mobile']()),torch.randn(1, 3, 16, 16)
     fast,before = fast_cpu(m, x, all_sparse(m)),nets['mobile']()
