@@ -158,10 +158,13 @@ def equal(args):
         by_torch = sorted({r['name'].rstrip('_0123456789') for r in program.report if r['how'] == 'PyTorch'})
         out.append(dict(arch=arch, batch=batch, height=h, width=w, sparsity=args.sparsity[0], error=error, by_pytorch=by_torch, machine=machine()))
         print(arch, (batch, h, w), f'error {error:.1e}', by_torch, flush=True)
+        keep_equal(out, args.sparsity[0])
+
+def keep_equal(out, sparsity):
     here.mkdir(parents=True, exist_ok=True)
     (here/'equal.json').write_text(json.dumps(out, indent=1))
     lines = [[r['arch'], f"{r['batch']}×3×{r['height']}×{r['width']}", f"{r['error']:.0e}", ', '.join(r['by_pytorch'])] for r in out]
-    write('equal', ['network', 'input', 'largest difference, relative', 'operations left to PyTorch'], lines, f"{args.sparsity[0]:.0%} of the weights of each convolution zero (`benchmarks/engine.py equal`)")
+    write('equal', ['network', 'input', 'largest difference, relative', 'operations left to PyTorch'], lines, f"{sparsity:.0%} of the weights of each convolution zero, every layer run sparse, one thread of a 2-core x86-64 server without a GPU, {vectors[vector_width()]} (`benchmarks/engine.py equal`)")
 
 # tables
 
@@ -169,7 +172,6 @@ def markdown(head, lines): return '\n'.join(['| ' + ' | '.join(head) + ' |', '|-
 
 def write(name, head, lines, text):
     (here/f'{name}.md').write_text(f'{markdown(head, lines)}\n\n*{text}, {date.today()}, torch {torch.__version__}.*\n')
-    print(markdown(head, lines))
 
 def line(r, names):
     def cell(what, n):

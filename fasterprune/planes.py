@@ -18,7 +18,7 @@ __all__ = ['Planes', 'Window', 'Taps', 'conv_taps', 'pool_taps', 'is_shift', 'pa
 # %% ../nbs/15b_planes.ipynb #79795562
 def _round_up(n, to): return -(-n//to)*to
 
-# %% ../nbs/15b_planes.ipynb #6306179d
+# %% ../nbs/15b_planes.ipynb #e2dcd34d
 class Planes:
     "Images channel by channel: `pad` zeros after each row and each image are the padding of both neighbours."
     def __init__(self,

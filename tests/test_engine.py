@@ -299,8 +299,8 @@ def test_half_of_lamps_multiplications_unless_told_otherwise():
 
 # networks as people have them; timm is not among the test requirements
 
-torchvision_nets = ('resnet18', 'resnext50_32x4d', 'vgg11_bn', 'mobilenet_v2', 'mobilenet_v3_small', 'densenet121', 'squeezenet1_1', 'shufflenet_v2_x1_0', 'regnet_y_400mf')
-timm_nets = ('efficientnet_lite0', 'convnext_atto', 'mnasnet_100')
+torchvision_nets = ('resnet18', 'mobilenet_v3_small', 'squeezenet1_1', 'shufflenet_v2_x1_0')
+timm_nets = ('efficientnet_lite0', 'convnext_atto') # `benchmarks/engine.py equal` has twelve
 
 @pytest.mark.model
 @pytest.mark.parametrize('name', [*torchvision_nets, *timm_nets])
