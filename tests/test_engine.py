@@ -3,10 +3,11 @@ import copy, io, json
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from fasterprune import engine, kernels
+from fasterprune import engine, kernels, saved
 from fasterprune.allocation import by_multiplications, multiplications
-from fasterprune.engine import fast_cpu, load_fast_cpu
+from fasterprune.engine import fast_cpu
 from fasterprune.planes import Planes, TapLayer, Window, conv_taps, padding_needed
+from fasterprune.saved import load_fast_cpu
 from fasterprune.sparsifier import Sparsifier
 from fasterprune.storage import save_sparse
 from fasterprune.surgery import shrink
@@ -189,7 +190,7 @@ def test_network_that_was_cut_is_saved_and_loaded():
 @pytest.mark.parametrize('plan', [['0', 'sparse'], {'0': 'import os'}, {'0': ['sparse']}, {'1': 'sparse'}])
 def test_a_file_can_say_nothing_but_how_layers_run(plan):
     m,x,file = nn.Sequential(nn.Conv2d(3, 8, 3)),torch.randn(1, 3, 8, 8),io.BytesIO()
-    save_sparse(engine._Planned(m, plan), file)
+    save_sparse(saved._Planned(m, plan), file)
     file.seek(0)
     with pytest.raises(ValueError, match='plan'): load_fast_cpu(file, m, x)
 
