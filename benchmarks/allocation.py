@@ -167,7 +167,7 @@ def footer(by):
     yield f"At 95 %, by_multiplications against LAMP, seed by seed: {paired(by, 'ours', 'lamp', .95)}, with {ours/lamp:.2f} times the multiplications."
     yield ''
     yield (f"*{images:,} photographs of CIFAR-10 at {size}×{size} pixels, {epochs} epochs, accuracy after the last epoch on 10,000 (`benchmarks/allocation.py`); least processor time of interleaved "
-           f"rounds, one thread of a 2-core x86-64 server without a GPU, {vectors}, {r['date']}, torch {r['torch']}.*")
+           f"rounds with other work running beside them, one thread of a 2-core x86-64 server without a GPU, {vectors}, {r['date']}, torch {r['torch']}.*")
 
 def draw(by, file):
     import matplotlib.pyplot as plt

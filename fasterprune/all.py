@@ -19,7 +19,7 @@ from .sparsity import Sparsity, measured_sparsity
 from .sparsifier import Sparsifier
 from .callback import KeepSparsity, SparsifyCallback
 
-# %% ../nbs/18_all.ipynb #d6249745
+# %% ../nbs/18_all.ipynb #a93000e2
 from .cost import Latency, count_flops, dense_bytes, measure_latency, sparse_bytes
 from .report import Comparison, SparsityReport, sparsity_report
 from .pictures import plot_granularities, plot_kernels, plot_layers, plot_weights
@@ -27,7 +27,8 @@ from .curves import LayerSensitivity, SparsityCurve, knee, within
 from .storage import load_sparse, save_sparse
 from .packing import entropy_bound
 from .surgery import shrink
-from .engine import FastNetwork, fast_cpu, load_fast_cpu
+from .engine import FastNetwork, fast_cpu
+from .saved import load_fast_cpu
 from .allocation import by_multiplications, multiplications
 from .lottery import Ticket, find_ticket, load_ticket, restarted, save_ticket, shuffled, train_ticket
 import fasterprune.learner # learn.sparsity_find() and all other patches

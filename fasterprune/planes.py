@@ -18,7 +18,7 @@ __all__ = ['Planes', 'Window', 'Taps', 'conv_taps', 'pool_taps', 'is_shift', 'pa
 # %% ../nbs/15b_planes.ipynb #79795562
 def _round_up(n, to): return -(-n//to)*to
 
-# %% ../nbs/15b_planes.ipynb #af106cb0
+# %% ../nbs/15b_planes.ipynb #e2dcd34d
 class Planes:
     "Images channel by channel: `pad` zeros after each row and each image are the padding of both neighbours."
     def __init__(self,
@@ -30,7 +30,7 @@ class Planes:
         self.pad,self.stride = pad,w + pad
         self.image = (h + pad)*self.stride
         self.length = n*self.image - pad*self.stride
-        self.plane,self.front = _round_up(n*self.image + slack, 8),_round_up(pad*self.stride + pad, 16)
+        self.plane,self.front = _round_up(n*self.image + slack, 16),_round_up(pad*self.stride + pad, 16)
         self.data = torch.zeros(self.front + c*self.plane + pad*self.stride + 1024)
 
     def address(self, channel=0, place=0): return self.data.data_ptr() + 4*(self.front + channel*self.plane + place)

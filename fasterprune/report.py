@@ -74,7 +74,7 @@ def _everything_else(model, rows, weights, flops):
     return LayerReport('all else', '', (), False, sum(t.numel() for t in params), sum(map(_zeros, params)), 0, 0,
                        sum(map(dense_bytes, tensors)), sum(map(sparse_bytes, tensors)), left, left)
 
-# %% ../nbs/11_report.ipynb #2f1af135
+# %% ../nbs/11_report.ipynb #b3a0be86
 @dataclass(repr=False)
 class SparsityReport(Table):
     "What a model is, layer by layer and in all; see `sparsity_report`."
@@ -129,7 +129,7 @@ def _scope(self:SparsityReport):
     zeros,n = self.total('zeros', True),self.total('params', True)
     return f"{self.sparsity_in_scope:.2%} of the weights in scope are zero ({zeros:,} of {n:,})" if n else "no layer is in scope"
 
-# %% ../nbs/11_report.ipynb #1f0913e0
+# %% ../nbs/11_report.ipynb #64a99ad1
 @patch
 def _notes(self:SparsityReport):
     total = _sum_row(self)
@@ -170,7 +170,7 @@ def _row(owners, scope, flops):
     here = None if flops is None else sum(flops.get(n, 0) for n,_ in owners)
     return _layer(name, module, any(m in scope for _,m in owners), here)
 
-# %% ../nbs/11_report.ipynb #4fc6fa94
+# %% ../nbs/11_report.ipynb #d1cbb205
 class _Called(nn.Module):
     "A function as a network, to be timed like one"
     def __init__(self, function):
@@ -179,7 +179,7 @@ class _Called(nn.Module):
 
     def forward(self, *inputs): return self.function(*inputs)
 
-# %% ../nbs/11_report.ipynb #31acc1d5
+# %% ../nbs/11_report.ipynb #8898610c
 def sparsity_report(
     model:nn.Module, # Any network
     sample=None, # A batch of inputs, to count FLOPs with and to time: a tensor, or a tuple or list of them

@@ -150,3 +150,17 @@ def test_pictures():
 def test_report_needs_no_fastai_and_no_pandas_or_matplotlib():
     code = "import sys; import fasterprune.report; print([m for m in ('fastai', 'pandas', 'matplotlib', 'torchvision', 'nbdev') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+def test_fast_network_is_timed_beside_the_model():
+    "Any callable: what `fast_cpu` makes is one"
+    m,x,calls = conv_net(),torch.randn(3, 1, 8, 8),[]
+    def fast(x): calls.append(x.shape); return m(x)
+    r = sparsity_report(m, x, latency=2, fast=fast)
+    assert set(calls) == {x.shape} and (len(r.latency.times), len(r.fast_latency.times)) == (2, 2)
+    assert 'latency with fast_cpu' in repr(r) and 'latency with fast_cpu' not in repr(sparsity_report(m, x, latency=1))
+    assert sparsity_report(m, x, fast=fast).fast_latency.batch == 3
+
+def test_multiplications_that_are_left_are_told():
+    m = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+    m[1].weight.data.zero_()
+    assert f'multiplications left: {1/5:.1%}' in repr(sparsity_report(m, torch.ones(1, 1, 8, 8)))
