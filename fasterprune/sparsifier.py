@@ -264,8 +264,8 @@ def _counterparts(self:Sparsifier, other):
     "From each module that is pruned here to that of the same name in `other`; `ValueError` if it has not all of them, in the same shapes"
     theirs = dict(unwrap(other).named_modules(remove_duplicate=False))
     members = [m for g in [*self.groups, *self.own] for m in g.members]
-    odd = [m for m in members if not _alike(m, theirs.get(self._name_of[m.module]))]
-    if odd: raise ValueError(f"the other network has no {shortened(dict.fromkeys(self._name_of[m.module] for m in odd))} of the same shape; "
+    odd = [self._name_of[m.module] for m in members if not _alike(m, theirs.get(self._name_of[m.module]))]
+    if odd: raise ValueError(f"the other network has no {shortened(dict.fromkeys(odd))} of the same shape; "
                              "it must be a copy of the one that is pruned")
     return {m.module: theirs[self._name_of[m.module]] for m in members}
 
