@@ -160,9 +160,9 @@ def part_steps(args):
 def part_run(args):
     "A whole fit_one_cycle with default settings, and with re-selection at every batch beside the peer"
     pcts = np.arange(args.run_steps)/args.run_steps
-    ours = dict(only=['dense', 'fasterprune, all defaults', 'fasterprune local', 'fasterprune global'])
+    ours = dict(only=['dense', 'fasterprune, all defaults'])
     t,_ = race('resnet18', sched_onecycle, pcts, None, args, warm=0, **ours)
-    total = {n if 'defaults' in n else f'{n}, min_change 0.02': sum(v)/sum(t['dense']) for n,v in t.items() if n != 'dense'}
+    total = {n: sum(v)/sum(t['dense']) for n,v in t.items() if n != 'dense'}
     n = max(50, args.run_steps//10)
     every,_ = race('resnet18', sched_onecycle, np.arange(n)/n, 0., args, warm=0, only=['dense', 'fasterprune lamp', 'fasterprune local', 'fasterprune global', 'fasterai 0.4.1 local', 'fasterai 0.4.1 global'])
     total |= {f'{k}, every batch': sum(v)/sum(every['dense']) for k,v in every.items() if k != 'dense'}

@@ -1,5 +1,5 @@
 "Small fakes: networks and Learners on made data, no downloads."
-import os
+import os, re
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import fastai.callback.schedule, pytest, torch
 from torch import nn
@@ -31,6 +31,8 @@ def learner(tmp_path):
 
 def fit(learn, n=2, lr=1e-2, how='fit_one_cycle', **kwargs):
     with learn.no_bar(), learn.no_logging(): return getattr(learn, how)(n, lr, **kwargs)
+
+def shown(value): return re.sub(r' at 0x\w+', '', str(value)) # the name of a test is the same in each process
 
 def state(learn): return {k: v.clone() for k,v in learn.model.state_dict().items()}
 def same(a, b): return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from fastai.basics import Callback, CrossEntropyLossFlat, Learner, Recorder, accuracy, error_rate
 from fastai.callback.all import CSVLogger, MixedPrecision, SaveModelCallback
 from fasterprune.all import *
-from conftest import conv_net, fit, make_learner, same, state
+from conftest import conv_net, fit, make_learner, same, shown, state
 
 def trace(learn):
     "All that must be as before"
@@ -30,7 +30,7 @@ def trained(learner):
     return make
 
 @pytest.mark.situation
-@pytest.mark.parametrize('kw', [{}, dict(by_layer=True), dict(granularity='filter', context='global', criteria=taylor), dict(criteria=wanda, n_batches=2), dict(granularity='2:4', exclude='0')], ids=str)
+@pytest.mark.parametrize('kw', [{}, dict(by_layer=True), dict(granularity='filter', context='global', criteria=taylor), dict(criteria=wanda, n_batches=2), dict(granularity='2:4', exclude='0')], ids=shown)
 def test_nothing_changes(trained, kw):
     learn = trained()
     before = trace(learn)

@@ -4,7 +4,7 @@ import pytest, torch
 from fastai.basics import Callback, set_seed
 from fastai.callback.all import SaveModelCallback
 from fasterprune.all import *
-from conftest import conv_net, fit, make_learner, same, state
+from conftest import conv_net, fit, make_learner, same, shown, state
 
 n_epochs = 6
 
@@ -29,7 +29,7 @@ def last_checkpoint(path):
     return 0
 
 @pytest.mark.fault
-@pytest.mark.parametrize('how', [dict(), dict(context='global'), dict(context='erk', granularity='kernel'), dict(granularity='filter'), dict(context='lamp', schedule=sched_agp)], ids=str)
+@pytest.mark.parametrize('how', [dict(), dict(context='global'), dict(context='erk', granularity='kernel'), dict(granularity='filter'), dict(context='lamp', schedule=sched_agp)], ids=shown)
 @pytest.mark.parametrize('kill', range(3))
 def test_sigkill_and_resume(tmp_path, how, kill):
     how,whole = {k: v for k,v in how.items()},tmp_path/'whole'

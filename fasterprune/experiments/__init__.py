@@ -1,7 +1,7 @@
 """The comparison: data, networks, contestants, trainings, results, and the command that does it all"""
 _homes = dict(
     data=('load_data',), batches=('tensor_dls',), models=('make_model', 'small_resnet'),
-    baselines=('baselines', 'schedules', 'find_schedule'), run=('Settings',), results=('Results',), summary=('summarize', 'paired'),
+    baselines=('schedules', 'find_schedule'), run=('Settings',), results=('Results',), summary=('summarize', 'paired'),
     pictures=('plot_accuracy', 'plot_curves', 'plot_params', 'write_report'),
     study=('compare', 'Comparison'), cli=('fasterprune_compare', 'fasterprune_find_params'))
 _home_of = {name: home for home,names in _homes.items() for name in names}
