@@ -108,11 +108,11 @@ def _check(self:Budget, sparsity):
         f"sparsity names {', '.join(map(repr, unknown))}, not among the layers in scope: {shortened(self._names)}")
     return sparsity
 
-# %% ../nbs/08b_budget.ipynb #4d62b299
+# %% ../nbs/08b_budget.ipynb #9a01b8a3
 @patch
 def _shares(self:Budget, sparsity, groups):
     "Groups one by one, each with its share"
-    if isinstance(sparsity, dict):
+    if self._share is uniform:
         wanted = [(g, _target(g, sparsity)) for g in groups]
         return [([g], round(s*g.n)) for g,s in wanted if s is not None]
     if not groups: return []
@@ -125,7 +125,8 @@ def _shares(self:Budget, sparsity, groups):
     return [([g], k) for g,k in zip(groups, got)]
 
 def _target(group, sparsity):
-    "What a dict asks of a group"
+    "What is asked of a group"
+    if not isinstance(sparsity, dict): return sparsity
     asked = {l.name: sparsity[l.name] for l in group.layers if l.name in sparsity}
     if len(set(asked.values())) < 2: return next(iter(asked.values()), None)
     raise ValueError(f"the filters of {', '.join(asked)} are coupled, so they need the same sparsity; sparsity got {asked}")

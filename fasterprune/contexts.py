@@ -150,17 +150,15 @@ def apportion(
         got[first] += np.sign(missing)
     return got.tolist()
 
-# %% ../nbs/03_contexts.ipynb #168446e1
+# %% ../nbs/03_contexts.ipynb #79325814
 def share_out(
     shares:list, # Sparsity of each layer, without None
-    sparsity:float|dict, # Wanted sparsity, or a dict if each layer has its own
+    sparsity:float, # Wanted sparsity of all layers together
     sizes:list, # Number of blocks in each layer
     low:list, # The fewest that each may lose
     high:list, # The most that each may lose
 ) -> list: # Number of blocks that each loses
-    "How many blocks each layer loses: `round(sparsity*n)` where each has a target, else so many that the total fits."
-    if isinstance(sparsity, dict) or all(s == sparsity for s in shares):
-        return [round(s*n) for s,n in zip(shares, sizes)]
+    "How many blocks each layer loses, so that the total fits."
     ideal = [s*n for s,n in zip(shares, sizes)]
     total,asked = sum(ideal),sparsity*sum(sizes)
     if math.isclose(total, asked, rel_tol=1e-6, abs_tol=1e-6): total = asked # erk's own sum is off by its rounding errors

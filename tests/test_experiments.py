@@ -311,7 +311,7 @@ def test_what_cannot_be_described_is_refused_with_a_folder_and_runs_without(tmp_
     class Odd:
         def __init__(self): self.lock = __import__('threading').Lock()
         def __call__(self, start, end, pos): return end
-    with pytest.raises(ValueError, match="schedule 'odd' holds a lock.*do without out="): compare(tmp_path, schedules={'odd': Odd()}, seeds=1, device='cpu', say=quiet, **config)
+    with pytest.raises(ValueError, match="schedule 'odd' holds a lock.*Make it a plain function"): compare(tmp_path, schedules={'odd': Odd()}, seeds=1, device='cpu', say=quiet, **config)
     assert len(compare(schedules={'odd': Odd()}, sparsities=.9, seeds=1, device='cpu', say=quiet, **config)) == 2
 
 def test_one_more_picture_is_another_training(tmp_path):

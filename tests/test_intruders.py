@@ -307,7 +307,7 @@ def test_gradients_that_never_step(learner):
 def test_a_schedule_that_overshoots_is_cut_off(learner):
     bump = lambda start, end, pos: end*pos + .4*(abs(pos-.55) < .03)
     learn = learner(n=480)
-    assert 'cut off' in told(lambda: fit(learn, 3, cbs=local(.5, schedule=bump)))
+    assert 'clipped' in told(lambda: fit(learn, 3, cbs=local(.5, schedule=bump)))
     assert zeros(learn.model) == wanted(learn.model, .5)
 
 @pytest.mark.parametrize('criteria', [gradient_magnitude, movement, random_score])

@@ -153,7 +153,7 @@ def test_report_needs_no_fastai_and_no_pandas_or_matplotlib():
 
 def test_fast_network_is_timed_beside_the_model():
     "Any callable: what `fast_cpu` makes is one"
-    m,x,calls = conv_net(),torch.randn(3, 1, 8, 8),[]
+    m,x,calls = conv_net(),torch.randn(3, 4, 8, 8),[]
     def fast(x): calls.append(x.shape); return m(x)
     r = sparsity_report(m, x, latency=2, fast=fast)
     assert set(calls) == {x.shape} and (len(r.latency.times), len(r.fast_latency.times)) == (2, 2)

@@ -7,6 +7,8 @@ from fasterprune.all import *
 from conftest import conv_net, fit, make_learner, same, shown, state
 
 n_epochs = 6
+fresh = multiprocessing.get_context('forkserver') # a process that has used autograd's threads must not be forked
+fresh.set_forkserver_preload(['conftest', 'fasterprune.all'])
 
 class SameOrder(Callback):
     "The batches of an epoch depend on its number alone"
@@ -35,7 +37,7 @@ def test_sigkill_and_resume(tmp_path, how, kill):
     how,whole = {k: v for k,v in how.items()},tmp_path/'whole'
     reference = train(whole, how)
     rng = random.Random(f'{how} {kill}')
-    p = multiprocessing.get_context('fork').Process(target=train, args=(tmp_path/'killed', how, 0, True))
+    p = fresh.Process(target=train, args=(tmp_path/'killed', how, 0, True))
     p.start()
     end = time.monotonic()+120
     while p.is_alive() and time.monotonic() < end and not (tmp_path/'killed/models/model_0.pth').exists(): time.sleep(.005)

@@ -180,7 +180,7 @@ def test_a_small_file_takes_little_memory(tmp_path):
 
 def test_an_entry_of_two_kinds_is_none(tmp_path):
     m = nn.Linear(1, 4, bias=False)
-    with pytest.raises(ValueError, match='no known kind'): unpack_state(sealed(container({'weight': dict(dtype='float32', shape=[4, 1], json=[1])}, {'values:weight': u8(4, 4)})))
+    with pytest.raises(ValueError, match='unknown kind'): unpack_state(sealed(container({'weight': dict(dtype='float32', shape=[4, 1], json=[1])}, {'values:weight': u8(4, 4)})))
 
 @pytest.mark.fault
 @pytest.mark.skipif(sys.platform == 'win32', reason='files have no limit there')
