@@ -108,7 +108,7 @@ def _check(self:Budget, sparsity):
         f"sparsity names {', '.join(map(repr, unknown))}, not among the layers in scope: {shortened(self._names)}")
     return sparsity
 
-# %% ../nbs/08b_budget.ipynb #9a01b8a3
+# %% ../nbs/08b_budget.ipynb #cc817251
 @patch
 def _shares(self:Budget, sparsity, groups):
     "Groups one by one, each with its share"

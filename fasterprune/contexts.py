@@ -150,7 +150,7 @@ def apportion(
         got[first] += np.sign(missing)
     return got.tolist()
 
-# %% ../nbs/03_contexts.ipynb #79325814
+# %% ../nbs/03_contexts.ipynb #ca9fc144
 def share_out(
     shares:list, # Sparsity of each layer, without None
     sparsity:float, # Wanted sparsity of all layers together

@@ -211,7 +211,7 @@ class FastNetwork(Table):
 
     def parts(self, shapes):
         "In how many parts of the sample's size a batch is done"
-        (n,*rest),size = self.shapes[0],shapes[0][0]
+        n,size = self.shapes[0][0],shapes[0][0]
         fits = self.first.batched and not size % n and all(s == (size, *own[1:]) for s,own in zip(shapes, self.shapes))
         return size//n if fits else 1
 

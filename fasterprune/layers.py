@@ -5,7 +5,6 @@
 # %% ../nbs/02a_layers.ipynb #8cf1a532
 from __future__ import annotations
 import warnings
-from typing import Callable
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode

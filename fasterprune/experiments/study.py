@@ -6,7 +6,7 @@
 from __future__ import annotations
 import inspect, os, time
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from datetime import datetime, timezone
 from functools import lru_cache, partial
 from pathlib import Path
