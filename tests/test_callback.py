@@ -180,7 +180,7 @@ def test_vision_learner_with_image_files(tmp_path):
     with learn.no_bar(): learn.predict(tmp_path/'a'/'0.png'); learn.show_results()
 
 def test_zero_initialised_layers_are_not_taken_as_pruned(learner):
-    net = conv_net(); nn.init.zeros_(net[6].weight)
+    net = conv_net(); nn.init.zeros_(net[6].weight); nn.init.constant_(net[6].bias, .1) # its ReLU lets the gradient through
     learn = learner(model=net)
     fit(learn, cbs=SparsifyCallback(.5, context='local'))
     assert measured_sparsity(learn.model).layers['6'] == pytest.approx(.5, abs=.01)
