@@ -224,7 +224,7 @@ def report(out):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--path', default='/tmp/data/cifar10'); p.add_argument('--out', type=Path, default=Path(__file__).parent/'results/defaults')
+    p.add_argument('--path', default='cifar10', help='a folder with the files of CIFAR-10'); p.add_argument('--out', type=Path, default=Path(__file__).parent/'results/defaults')
     p.add_argument('--block', action='append', default=[]); p.add_argument('--seeds', default='0,1'); p.add_argument('--fasterai', default='')
     p.add_argument('--runs', help='settings as a JSON list of changes to the base'); p.add_argument('--report', action='store_true', help='print the tables of OUT/README.md'); p.add_argument('--size', type=int, default=16)
     args = p.parse_args()
