@@ -5,7 +5,7 @@
     python benchmarks/pretrained.py --report
 
 EfficientNet-Lite0 comes with its weights in a package. It learns the ten largest classes of Caltech-101 from 240 photographs of
-64×64 pixels (24 of each class; 20 others of each to measure), dense and pruned to 90 % with the callback's defaults. Every way
+64×64 pixels (24 of each class; 20 others of each to measure), dense and pruned to 70 and 90 % with the callback's defaults. Every way
 trains for the same number of epochs; `fine_tune` counts its frozen one. The body and the head are two groups, as fastai has it for
 such networks. Resumable: each training is a line of OUT/results.jsonl, and the page nbs/tutorials/settings.ipynb reads them."""
 import argparse, time, warnings
@@ -23,12 +23,13 @@ from fasterprune.experiments.keys import run_key, versions
 from fasterprune.experiments.results import Results
 from fasterprune.sparsity import measured_sparsity
 
-ways = {'dense, fine_tune': dict(how='fine_tune', lr_mult=100, sparsity=0.),
-        'dense, fit_one_cycle': dict(how='fit', lr_mult=1, sparsity=0.),
-        'pruned in fine_tune (lr_mult=100)': dict(how='fine_tune', lr_mult=100, sparsity=.9),
-        'pruned in fine_tune (lr_mult=4)': dict(how='fine_tune', lr_mult=4, sparsity=.9),
-        'pruned in fit_one_cycle': dict(how='fit', lr_mult=1, sparsity=.9),
-        'fine_tune, then pruned in fit_one_cycle': dict(how='fine_tune, fit', lr_mult=100, sparsity=.9)}
+def _pruned(sparsity):
+    return {f'{sparsity:.0%} pruned in fine_tune (lr_mult=100)': dict(how='fine_tune', lr_mult=100, sparsity=sparsity),
+            f'{sparsity:.0%} pruned in fine_tune (lr_mult=4)': dict(how='fine_tune', lr_mult=4, sparsity=sparsity),
+            f'{sparsity:.0%} pruned in fit_one_cycle': dict(how='fit', lr_mult=1, sparsity=sparsity)}
+
+ways = {'dense, fine_tune': dict(how='fine_tune', lr_mult=100, sparsity=0.), 'dense, fit_one_cycle': dict(how='fit', lr_mult=1, sparsity=0.),
+        **_pruned(.7), **_pruned(.9)}
 imagenet = (.485, .456, .406),(.229, .224, .225)
 
 def network(n_out):
@@ -65,10 +66,7 @@ class NoValidation(Callback):
 
 def train(learn, how, epochs, lr, lr_mult, prune):
     if how == 'fit': learn.fit_one_cycle(epochs, lr, cbs=prune)
-    elif how == 'fine_tune': learn.fine_tune(epochs-1, lr, lr_mult=lr_mult, cbs=prune)
-    else: # one budget, two halves
-        learn.fine_tune(epochs//2-1, lr, lr_mult=lr_mult)
-        learn.fit_one_cycle(epochs-epochs//2, lr, cbs=prune)
+    else: learn.fine_tune(epochs-1, lr, lr_mult=lr_mult, cbs=prune)
 
 def run(path, c):
     data = photographs(path, c['seed'], *(c[k] for k in ('classes', 'n_train', 'n_valid', 'pixels')))
