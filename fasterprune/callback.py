@@ -179,7 +179,7 @@ def _due(self:SparsifyCallback, s):
     now,last = (max(d.values()) if isinstance(d, dict) else d for d in (s, self._last))
     return now != last and abs(now-last) >= self.min_change*(1-last)
 
-# %% ../nbs/10_callback.ipynb #1fc6300e
+# %% ../nbs/10_callback.ipynb #73ab0b67
 @patch
 def _prune_to(self:SparsifyCallback, s, groups, **kwargs):
     sp = self.sparsifier
