@@ -119,7 +119,7 @@ def untouched(
 # %% ../nbs/05_probe.ipynb #6f4bf09e
 class Patience:
     "Counts the layers that have run; when that takes long, a bar and a line of advice appear."
-    wait = 3 # seconds
+    wait = 5 # seconds
     def __init__(self,
         n:int, # How many layers there are
     ): self.n,self.due,self.done,self.bar = n,time.monotonic()+self.wait,0,None
