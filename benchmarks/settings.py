@@ -20,11 +20,11 @@ from fasterprune.experiments.keys import run_key, versions
 from fasterprune.experiments.models import small_resnet
 from fasterprune.experiments.results import Results
 from fasterprune.callback import KeepSparsity, SparsifyCallback
-from fasterprune.schedules import sched_between, sched_agp, sched_onecycle, sched_oneshot
+from fasterprune.schedules import sched_between, sched_agp, sched_onecycle, sched_onecycle_log, sched_oneshot
 from fasterprune.sparsifier import Sparsifier
 from fasterprune.sparsity import measured_sparsity
 
-schedules = dict(oneshot=sched_between(sched_oneshot, .4), agp=sched_between(sched_agp, .2), cosine70=sched_between(sched_cos, 0, .7), onecycle=sched_onecycle)
+schedules = dict(oneshot=sched_between(sched_oneshot, .4), agp=sched_between(sched_agp, .2), cosine70=sched_between(sched_cos, 0, .7), onecycle=sched_onecycle, onecycle_log=sched_onecycle_log)
 sizes = dict(digits=dict(images=1347, pixels=8, epochs=12, small=337), cifar10=dict(images=3000, pixels=16, epochs=6, small=750)) # small: images of a new task, for a pretrained network
 
 def base(data): return dict(data=data, images=sizes[data]['images'], pixels=sizes[data]['pixels'], epochs=sizes[data]['epochs'], lr=1e-2, schedule='onecycle', alpha=14., beta=5.,
@@ -36,16 +36,17 @@ def studies(data):
     vary = lambda **kw: b | kw
     dense = lambda **kw: b | dict(schedule='dense', sparsity=0.) | kw
     task = dict(images=sizes[data]['small'], epochs=8)
+    defaults = dict(context='lamp', schedule='onecycle_log')
     full = dict(
-        budget=[f(epochs=e) for e in ((2, 6) if few else (3, 6, 12, 24)) for f in (dense, *(partial(vary, schedule=s) for s in schedules))],
+        budget=[f(epochs=e) for e in ((2, 6) if few else (3, 6, 12, 24)) for f in (dense, *(partial(vary, schedule=s) for s in ('oneshot', 'agp', 'cosine70', 'onecycle')))],
         alpha_beta=[vary(alpha=a, beta=c) for a,c in [(14., 0.), (14., 2.), (14., 3.5), (14., 5.), (14., 6.), (14., 8.), (7., 2.5), (28., 10.)]],
         context=[vary(sparsity=s, context=c) for s in (.9, .95) for c in ('local', 'erk', 'global', 'lamp')],
         layers=[vary(exclude=x) for x in ('', '0', '2.short,3.short', '0,2.short,3.short')],
         lr=[f(lr=l) for l in (1e-3, 3e-3, 1e-2, 3e-2) for f in (dense, vary)],
         pretrained=[f(how=h, lr_mult=m, **task) for h,m,fs in [('scratch', 1, 2), ('fit', 1, 1), ('fine_tune', 100, 1), ('fine_tune', 4, 2), ('prune, fine_tune', 4, 1), ('fine_tune, prune', 4, 1)]
-                    for f in (dense, partial(vary, sparsity=.9))[2-fs:]])
+                    for f in (dense, partial(vary, sparsity=.9, **defaults))[2-fs:]])
     if not few: return full
-    left_out = [dict(beta=b) for b in (0., 3.5, 6., 8.)] + [dict(alpha=a) for a in (7., 28.)] + [dict(sparsity=.9, how='scratch', epochs=6), dict(context='lamp'), dict(exclude='0,2.short,3.short'), dict(lr=1e-3), dict(lr=3e-3)]
+    left_out = [dict(beta=b) for b in (0., 3.5, 6., 8.)] + [dict(alpha=a) for a in (7., 28.)] + [dict(sparsity=.9, how='scratch', epochs=6), dict(context='lamp', epochs=6), dict(exclude='0,2.short,3.short'), dict(lr=1e-3), dict(lr=3e-3)]
     return {k: [c for c in cs if not any(all(c[n] == v for n,v in o.items()) for o in left_out)] for k,cs in full.items()} # photographs take longer: fewer settings
 
 class Data:
@@ -96,7 +97,7 @@ def train(data, c, seed):
         if c['how'] in ('scratch', 'fit'): learn.fit_one_cycle(n, lr, cbs=prune())
         elif c['how'] == 'fine_tune': learn.fine_tune(n-1, lr, lr_mult=c['lr_mult'], cbs=prune())
         elif c['how'] == 'prune, fine_tune':
-            Sparsifier(learn.model).sparsify(s)
+            Sparsifier(learn.model, context=c['context']).sparsify(s)
             learn.fine_tune(n-1, lr, lr_mult=c['lr_mult'], cbs=KeepSparsity())
         else: # 'fine_tune, prune': one budget, two halves
             learn.fine_tune(n//2-1, lr, lr_mult=c['lr_mult'])

@@ -179,12 +179,12 @@ def _due(self:SparsifyCallback, s):
     now,last = (max(d.values()) if isinstance(d, dict) else d for d in (s, self._last))
     return now != last and abs(now-last) >= self.min_change*(1-last)
 
-# %% ../nbs/10_callback.ipynb #6ff9d85b
+# %% ../nbs/10_callback.ipynb #73ab0b67
 @patch
 def _prune_to(self:SparsifyCallback, s, groups, **kwargs):
     sp = self.sparsifier
     if 'grad' in sp.wants and not any('grad' in l.state for g in groups for l in g.layers): return # after the first backward pass
-    if sp.update(s, self.learn.xb, groups, **kwargs): self._count()
+    if sp.update(s, self.learn.xb, groups, **kwargs) or not self._record.sparsity_measured: self._count()
     self._last = s
 
 @patch

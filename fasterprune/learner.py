@@ -32,7 +32,7 @@ def _beside(ax, steps, values, name, color, style, shift):
     twin.set_ylabel(name, color=color)
     return twin.plot(steps, values, color=color, ls=style, lw=1, label=name)
 
-# %% ../nbs/17_learner.ipynb #2741ba7a
+# %% ../nbs/17_learner.ipynb #e8d3418a
 @patch
 def plot_sparsity(self:Recorder,
     ax=None, # Matplotlib axes to draw on; new ones if None
@@ -43,7 +43,7 @@ def plot_sparsity(self:Recorder,
     steps = [self.sparsity_scheduled[0][0]+i for i in range(len(self.lrs))]
     lines = ax.plot(*zip(*self.sparsity_scheduled), color='tab:blue', label='sparsity, scheduled')
     if self.sparsity_measured:
-        lines += ax.plot(*zip(*self.sparsity_measured), color='tab:orange', ls='', marker='.', ms=4, label='sparsity, measured')
+        lines += ax.step(*zip(*self.sparsity_measured), where='post', color='C1', lw=1, marker='.', ms=4, label='sparsity, measured')
     lines += _beside(ax, steps, self.lrs, 'learning rate', 'tab:gray', ':', 0)
     lines += _beside(ax, steps, [float(l) for l in self.losses], 'training loss', 'tab:green', '-', 60)
     ax.set(xlabel='training step', ylabel='sparsity', ylim=(-.02, 1), title='Sparsity over the training')

@@ -238,9 +238,19 @@ def test_mistakes_are_one_clear_line(tmp_path, args, text, monkeypatch):
     assert text in str(e.value) and '\n' not in str(e.value)
 
 @pytest.mark.bad_input
-def test_dask_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__('sys').modules, 'distributed', None)
-    with pytest.raises(SystemExit, match=re.escape("pip install 'fasterprune[dask]'")): fasterprune_compare(out=str(tmp_path), dask='tcp://127.0.0.1:8786')
+@pytest.mark.parametrize('module,args,install', [
+    ('distributed', dict(dask='tcp://127.0.0.1:8786'), "'fasterprune[dask]'"), ('fasterai', dict(schedules='onecycle,fasterai'), "'fasterprune[rivals]'"),
+    ('wandb', dict(log='csv,wandb'), 'wandb'), ('tensorboard', dict(log='tensorboard'), 'tensorboard')])
+def test_a_package_that_is_not_installed_is_told_before_images_are_read(tmp_path, monkeypatch, module, args, install):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr('fasterprune.experiments.study.find_images', lambda *a: pytest.fail('images were read'))
+    with pytest.raises(SystemExit, match=f'{module}.*not installed.*pip install '+re.escape(install)): fasterprune_compare(out=str(tmp_path), **args)
+
+@pytest.mark.bad_input
+def test_processes_that_average_need_accelerate(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'accelerate', None)
+    monkeypatch.setattr('fasterprune.experiments.study.num_distrib', lambda: 2)
+    with pytest.raises(ValueError, match=re.escape("pip install 'fasterprune[distributed]'")): compare(schedules='onecycle', **config)
 
 # ---- the key, resuming, many workers
 
