@@ -51,13 +51,14 @@ def _paddings(ops):
         for shape,pad in zip(shapes, op.conv.padding_needed(*shapes)): pads[shape[2:]] = max(pad, pads.get(shape[2:], 0))
     return pads
 
-# %% ../nbs/15_engine.ipynb #c4442a0a
+# %% ../nbs/15_engine.ipynb #3a512e12
 @patch
-def view(self:Program, node): return self.planes[node].view if node in self.planes else self.tensors[node]
+def view(self:Program, node): return self.tensors[node] if node in self.tensors else self.planes[node].view
 
 @patch
 def value(self:Program, node):
-    return self.view(node).clone(memory_format=torch.contiguous_format) if node in self.planes else self.tensors[node]
+    if node in self.tensors: return self.tensors[node]
+    return self.planes[node].view.clone(memory_format=torch.contiguous_format)
 
 # %% ../nbs/15_engine.ipynb #cc84f978
 @patch

@@ -313,18 +313,23 @@ def test_half_of_lamps_multiplications_unless_told_otherwise():
         return sum(n for _,n in multiplications(copied, x).values())
     assert abs(left(())/left(None) - .5) < .05
 
-# networks as people have them; timm is not among the test requirements
+# networks as people have them, of odd sizes and one to five images; `benchmarks/engine.py equal` has twelve, in full width and from timm too
 
-torchvision_nets = ('resnet18', 'mobilenet_v3_small', 'squeezenet1_1', 'shufflenet_v2_x1_0')
-timm_nets = ('efficientnet_lite0', 'convnext_atto') # `benchmarks/engine.py equal` has twelve
+def shallow(block): return lambda m: m.resnet.ResNet(getattr(m.resnet, block), [1, 1, 1, 1], num_classes=10)
+def narrow(name, **kw): return lambda m: getattr(m, name)(num_classes=10, **kw)
+
+known = dict(resnet=shallow('BasicBlock'), bottleneck=shallow('Bottleneck'), mobilenet_v2=narrow('mobilenet_v2', width_mult=.25), mobilenet_v3=narrow('mobilenet_v3_small', width_mult=.5),
+    squeezenet=narrow('squeezenet1_1'), shufflenet=narrow('shufflenet_v2_x0_5'), mnasnet=narrow('mnasnet0_5'),
+    densenet=lambda m: m.DenseNet(8, (2, 2, 2), 16, num_classes=10))
 
 @pytest.mark.model
-@pytest.mark.parametrize('name', [*torchvision_nets, *timm_nets])
+@pytest.mark.parametrize('name', known)
 def test_known_networks(name):
-    i = (torchvision_nets + timm_nets).index(name)
-    m = timm_or_torchvision(name)
+    i = list(known).index(name)
+    m = known[name](pytest.importorskip('torchvision').models)
     check(sparse(m, .9), torch.randn(1 + i % 5, 3, 65 + 7*i, 96))
 
-def timm_or_torchvision(name):
-    if name in torchvision_nets: return getattr(pytest.importorskip('torchvision').models, name)()
-    return pytest.importorskip('timm').create_model(name)
+@pytest.mark.model
+@pytest.mark.parametrize('name', ['efficientnet_lite0', 'convnext_atto', 'regnety_002', 'ghostnet_050'])
+def test_known_networks_of_timm(name):
+    check(sparse(pytest.importorskip('timm').create_model(name), .9), torch.randn(2, 3, 67, 96))
