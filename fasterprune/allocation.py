@@ -56,7 +56,7 @@ def _curve():
     tail = 2*(q*torch.exp(-q*q/2)/math.sqrt(2*math.pi) + torch.special.ndtr(-q))
     return d,np.log(np.maximum((q*q/tail).numpy(), 1e-35))
 
-# %% ../nbs/15d_allocation.ipynb #2ceff84a
+# %% ../nbs/15d_allocation.ipynb #8178bfa6
 def _shared(kept, sizes, price):
     "The fraction that survives in each layer if all last survivors have the same score over `price`, and `kept` weights survive in all"
     d,score = _curve()
@@ -68,7 +68,7 @@ def _shared(kept, sizes, price):
         low,high = (middle, high) if np.dot(own, sizes) > kept else (low, middle)
     return own
 
-# %% ../nbs/15d_allocation.ipynb #f052964a
+# %% ../nbs/15d_allocation.ipynb #1ce2c71a
 def _densities(kept, sizes, places, power):
     "The fraction that survives in each layer: LAMP's where there are few multiplications, else by the price of each weight"
     sizes,places = np.array(sizes, float),np.array(places, float)

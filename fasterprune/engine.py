@@ -51,7 +51,7 @@ def _paddings(ops):
         for shape,pad in zip(shapes, op.conv.padding_needed(*shapes)): pads[shape[2:]] = max(pad, pads.get(shape[2:], 0))
     return pads
 
-# %% ../nbs/15_engine.ipynb #3a512e12
+# %% ../nbs/15_engine.ipynb #757fce37
 @patch
 def view(self:Program, node): return self.tensors[node] if node in self.tensors else self.planes[node].view
 
