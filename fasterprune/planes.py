@@ -153,10 +153,11 @@ def _calls(self:TapLayer):
 @functools.cache
 def _workers(n): return ThreadPoolExecutor(n)
 
-# %% ../nbs/15b_planes.ipynb #e58bf628
+# %% ../nbs/15b_planes.ipynb #7993c8c5
 @patch
 def __call__(self:TapLayer):
     "Computes the output."
     if self.phases: self.phases()
-    if len(self.calls) == 1: return self.walk(*self.calls[0])
-    list(_workers(len(self.calls)).map(lambda args: self.walk(*args), self.calls))
+    others = [_workers(len(self.calls)).submit(self.walk, *args) for args in self.calls[1:]]
+    self.walk(*self.calls[0])
+    for o in others: o.result()
