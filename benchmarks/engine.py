@@ -1,16 +1,16 @@
-"""Zeros that save time: sparse networks on one thread of a processor, by PyTorch, torch.compile, ONNX Runtime and fasterprune.
+"""Zeros that save time: sparse networks on one thread of a processor, by PyTorch, torch.compile, ONNX Runtime, OpenVINO and fasterprune.
 
-    pip install "fasterprune[fast]" timm onnx onnxruntime onnxscript
+    pip install "fasterprune[fast]" timm onnx onnxruntime onnxscript openvino
     OMP_NUM_THREADS=1 python benchmarks/engine.py run                       # all networks, sparsities and batches; rows that are there are kept
     OMP_NUM_THREADS=1 python benchmarks/engine.py run --arch resnet18 --sparsity .9 --batch 1 --again     # these rows afresh
     OMP_NUM_THREADS=1 python benchmarks/engine.py equal                     # outputs against PyTorch: networks, odd sizes, batches
     python benchmarks/engine.py table                                       # the tables from the rows
 
 The networks are untrained and their smallest weights zero: time depends on where zeros are, not on what the network has learned.
-In each round every contestant runs once, in random order; the ratios are taken from the least time of each, and the median of the ratios round by round is given too.
+In each round every contestant, and fasterprune at every sparsity, runs once, in random order; the ratios are taken from the least time of each, and the median of the ratios round by round is given too.
 On one thread, time is the processor's time of the process, which is the time on the clock if nothing else runs, and hardly changes if something does.
 """
-import argparse, copy, io, json, os, platform, random, tempfile, time, warnings
+import argparse, functools, json, os, platform, random, tempfile, time, warnings
 from datetime import date
 from pathlib import Path
 warnings.filterwarnings('ignore')
@@ -103,20 +103,20 @@ def interleaved(calls, rounds, warm=2):
 
 # rows
 
-def row(arch, allocation, sparsity, batch, args):
-    m,x = build(arch),torch.randn(batch, 3, args.size, args.size)
-    if sparsity: prune(m, sparsity, allocation)
-    start = time.perf_counter()
-    fast = fast_cpu(m, x)
-    made = time.perf_counter() - start
+def measure(arch, batch, wanted, args):
+    "Rows of a network, one for each (allocation, sparsity) of `wanted`, all in the same rounds; the others run it with 90 % zeros, which they multiply by"
+    x = torch.randn(batch, 3, args.size, args.size)
+    nets = {w: prune(build(arch), w[1], w[0]) for w in wanted}
+    fast = {w: fast_cpu(m, x) for w,m in nets.items()}
     with torch.no_grad():
-        calls = {**contestants(m, x, args.others), 'fasterprune': lambda: fast(x)}
-        wanted,got = m(x),fast(x)
-        times = interleaved(calls, args.rounds or (40 if batch == 1 else 12))
-    ops = np.array(list(multiplications(m, x).values())).sum(0)
-    ours = np.array(times['fasterprune'])
-    return dict(arch=arch, allocation=allocation, sparsity=sparsity, batch=batch, size=args.size, rounds=len(ours), error=float((wanted - got).abs().max()/wanted.abs().max()),
-        left=float(ops[1]/ops[0]), used=fast.first.used, seconds_to_make=made, plan={w: list(fast.plan.values()).count(w) for w in ('sparse', 'dense')},
+        others = contestants(prune(build(arch), .9), x, args.others)
+        times = interleaved({**others, **{w: functools.partial(f, x) for w,f in fast.items()}}, args.rounds or (20 if batch == 1 else 6))
+        for w in wanted: yield row(arch, batch, w, nets[w], fast[w], x, {n: times[n] for n in others} | {'fasterprune': times[w]}, args.size)
+
+def row(arch, batch, wanted, m, fast, x, times, size):
+    ops,ours,expected = np.array(list(multiplications(m, x).values())).sum(0),np.array(times['fasterprune']),m(x)
+    return dict(arch=arch, allocation=wanted[0], sparsity=wanted[1], batch=batch, size=size, rounds=len(ours), error=float((expected - fast(x)).abs().max()/expected.abs().max()),
+        left=float(ops[1]/ops[0]), used=fast.first.used, plan={w: list(fast.plan.values()).count(w) for w in ('sparse', 'dense')},
         ms={n: dict(least=1e3*min(t), median=1e3*float(np.median(t))) for n,t in times.items()},
         ratio={n: dict(least=min(t)/ours.min(), median=float(np.median(np.array(t)/ours))) for n,t in times.items() if n != 'fasterprune'}, machine=machine())
 
@@ -132,15 +132,16 @@ def keep(new):
     (here/'rows.json').write_text(json.dumps(sorted(kept, key=lambda r: (archs.index(r['arch']) if r['arch'] in archs else 9, r['batch'], r['allocation'] != 'local', r['allocation'], r['sparsity'])), indent=1))
 
 def run(args):
-    wanted = [(a, 'local', s, b) for b in args.batch for a in args.arch for s in args.sparsity]
-    if 'resnet18' in args.arch and 1 in args.batch: wanted += [('resnet18', al, s, 1) for al in ('erk', 'lamp') for s in args.sparsity if s]
-    there = {key(r) for r in rows()} if not args.again else set()
-    todo = [w for w in wanted if (*w, args.size, torch.get_num_threads(), vector_width()) not in there]
-    if len(todo) < len(wanted): print(f'{len(wanted) - len(todo)} of {len(wanted)} rows are in {here/"rows.json"} and are kept; add --again to measure them afresh')
-    for w in todo:
-        r = row(*w, args)
-        keep(r)
-        print(*w, {n: f"{v['least']:.1f} ms" for n,v in r['ms'].items()}, {n: f"{v['least']:.2f}x" for n,v in r['ratio'].items()}, f"error {r['error']:.0e}", flush=True)
+    there = set() if args.again else {key(r) for r in rows()}
+    for batch in args.batch:
+        for arch in args.arch:
+            wanted = [('local', s) for s in args.sparsity]
+            if arch == 'resnet18' and batch == 1: wanted += [(a, s) for a in ('erk', 'lamp') for s in args.sparsity if s >= .9]
+            todo = [w for w in wanted if (arch, *w, batch, args.size, torch.get_num_threads(), vector_width()) not in there]
+            if len(todo) < len(wanted): print(f'{arch}, batch {batch}: {len(wanted) - len(todo)} of {len(wanted)} rows are in {here.name}/rows.json and are kept; --again measures them afresh')
+            for r in measure(arch, batch, todo, args) if todo else ():
+                keep(r)
+                print(arch, batch, r['allocation'], r['sparsity'], {n: f"{v['least']:.1f} ms" for n,v in r['ms'].items()}, {n: f"{v['least']:.2f}x" for n,v in r['ratio'].items()}, f"error {r['error']:.0e}", flush=True)
     table(args)
 
 # equal outputs
@@ -155,7 +156,7 @@ def equal(args):
         m,x = prune(build(arch), args.sparsity[0]),torch.randn(batch, 3, h, w)
         with torch.no_grad(): program,wanted = fast_cpu(m, x, dict.fromkeys(uses(m, x), 'sparse')).first,m(x) # all layers sparse, faster or not
         error = float((program(x)[0] - wanted).abs().max()/wanted.abs().max())
-        by_torch = sorted({r['name'].rstrip('_0123456789') for r in program.report if r['how'] == 'PyTorch'})
+        by_torch = sorted({name.rstrip('_0123456789') for name,how,*_ in program.report if how == 'PyTorch'})
         out.append(dict(arch=arch, batch=batch, height=h, width=w, sparsity=args.sparsity[0], error=error, by_pytorch=by_torch, machine=machine()))
         print(arch, (batch, h, w), f'error {error:.1e}', by_torch, flush=True)
         keep_equal(out, args.sparsity[0])
@@ -204,11 +205,11 @@ if __name__ == '__main__':
     p.add_argument('command', choices=['run', 'equal', 'table'])
     p.add_argument('--arch', nargs='+', default=archs, help='networks of torchvision or timm')
     p.add_argument('--nets', nargs='+', help='networks for equal')
-    p.add_argument('--sparsity', nargs='+', type=float, default=[.9, .95, .8, 0.])
+    p.add_argument('--sparsity', nargs='+', type=float, default=[0., .5, .8, .9, .95])
     p.add_argument('--batch', nargs='+', type=int, default=[1, 8])
     p.add_argument('--size', type=int, default=224, help='pixels of a side')
-    p.add_argument('--rounds', type=int, help='interleaved rounds: 40 for batch 1, else 12')
-    p.add_argument('--others', nargs='*', default=['torch.compile', 'ONNX Runtime'], help='contestants besides PyTorch: torch.compile, ONNX Runtime, OpenVINO')
+    p.add_argument('--rounds', type=int, help='interleaved rounds: 20 for batch 1, else 6')
+    p.add_argument('--others', nargs='*', default=['torch.compile', 'ONNX Runtime', 'OpenVINO'], help='contestants besides PyTorch: torch.compile, ONNX Runtime, OpenVINO')
     p.add_argument('--again', action='store_true', help='measure rows afresh that are there')
     args = p.parse_args()
     globals()[args.command](args)

@@ -56,16 +56,24 @@ def _curve():
     tail = 2*(q*torch.exp(-q*q/2)/math.sqrt(2*math.pi) + torch.special.ndtr(-q))
     return d,np.log(np.maximum((q*q/tail).numpy(), 1e-35))
 
-# %% ../nbs/15d_allocation.ipynb #d90d3d99
-def _densities(kept, sizes, places, power):
-    "The fraction that survives in each layer if all last survivors have the same score, and `kept` weights survive in all"
+# %% ../nbs/15d_allocation.ipynb #8178bfa6
+def _shared(kept, sizes, price):
+    "The fraction that survives in each layer if all last survivors have the same score over `price`, and `kept` weights survive in all"
     d,score = _curve()
-    shift = np.log(sizes) + power*np.log(places)
+    shift = np.log(sizes) + np.log(price)
     low,high = -80.,80.
     for _ in range(80):
         middle = (low + high)/2
         own = np.interp(middle + shift, score, d)
         low,high = (middle, high) if np.dot(own, sizes) > kept else (low, middle)
+    return own
+
+# %% ../nbs/15d_allocation.ipynb #1ce2c71a
+def _densities(kept, sizes, places, power):
+    "The fraction that survives in each layer: LAMP's where there are few multiplications, else by the price of each weight"
+    sizes,places = np.array(sizes, float),np.array(places, float)
+    busy,own = sizes*places >= np.mean(sizes*places)/2,_shared(kept, sizes, np.ones(len(sizes)))
+    own[busy] = _shared(kept - own[~busy]@sizes[~busy], sizes[busy], places[busy]**power)
     return own.tolist()
 
 # %% ../nbs/15d_allocation.ipynb #83f11797

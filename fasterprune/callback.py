@@ -198,6 +198,7 @@ def _count(self:SparsifyCallback):
 @patch
 def _train_ends(self:SparsifyCallback):
     if self.sparsifier is None or self._opening: return
+    self._hold()
     if self._epoch == self._n_epoch-1 and self._trained: self._last_step()
     self._hold()
 

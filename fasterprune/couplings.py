@@ -11,7 +11,8 @@ from torch import nn
 from fastcore.basics import patch
 from .flow import Labels, n_channels
 from .granularity import prunable_types
-from .shadows import channel_dim, follow, norm_types, storage, tensors
+from .probe import tensors
+from .shadows import channel_dim, follow, norm_types, storage
 
 # %% auto #0
 __all__ = ['Couplings', 'is_depthwise', 'find_couplings', 'labels_of']

@@ -9,6 +9,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Recorder
+from .layers import tell
 from .probe import unwrap
 
 # %% auto #0
@@ -45,7 +46,7 @@ class _Last(_Helper):
 class ZerosCallback(Callback):
     "Keeps the zeros of a `Sparsifier` during a fit; what `SparsifyCallback` and `KeepSparsity` have in common."
     order,run_valid = Recorder.order+1,False
-    sparsifier,_opening,_disturbed = None,0,False # _opening: how many `before_fit` without a training epoch or an end
+    sparsifier,_opening,_disturbed,_strangers = None,0,False,True # _opening: how many `before_fit` without a training epoch or an end
 
     @property
     def learn(self): return self.__dict__.get('_learn')
@@ -106,27 +107,7 @@ def _pct(self:ZerosCallback):
     return (self._epoch + self.learn.iter/self._n_iter) / self._n_epoch
 
 # %% ../nbs/09a_events.ipynb #182945cb
-_writing_events = ('after_step', 'after_cancel_step', 'after_cancel_batch', 'after_batch', 'before_batch', 'before_train',
-                   'before_epoch', 'after_epoch')
-
-def _is_fastai(cb): return type(cb).__module__.split('.')[0] == 'fastai'
-
-def _defines(cb, events): return any(hasattr(type(cb), e) or e in vars(cb) for e in events)
-
-def _may_write(cb):
-    if _is_fastai(cb) or isinstance(cb, (ZerosCallback, _Helper)): return False
-    return _defines(cb, _writing_events)
-
-@patch
-def _hold(self:ZerosCallback,
-    moved:bool=False, # Only what has been written to?
-):
-    "Pruned weights are zero"
-    if self.sparsifier is not None: self.sparsifier.apply(moved)
-
-@patch
-def _before_validate(self:ZerosCallback):
-    if not (self._idle() or self._opening): self._hold(moved=not getattr(self, '_strangers', True))
+def _is_stranger(cb): return not (type(cb).__module__.split('.')[0] == 'fastai' or isinstance(cb, (ZerosCallback, _Helper)))
 
 @patch
 def _follow(self:ZerosCallback):
@@ -136,10 +117,24 @@ def _follow(self:ZerosCallback):
     if not (same or sp.is_of(model)): sp.move_to(model)
 
 @patch
+def _hold(self:ZerosCallback,
+    moved:bool=False, # Only what has been written to?
+):
+    "Pruned weights are zero in the network that the Learner has now; one of another kind is left alone"
+    if self.sparsifier is None: return
+    try: self._follow()
+    except ValueError as e: return tell(f"zeros are not kept in the present learn.model, a {type(self.learn.model).__name__}: {e}")
+    self.sparsifier.apply(moved)
+
+@patch
+def _before_validate(self:ZerosCallback):
+    if not (self._idle() or self._opening): self._hold(moved=not self._strangers)
+
+@patch
 def _mask_weights(self:ZerosCallback):
     if self.sparsifier is None or self._idle(): return
     if not (self._reads_grads and self.sparsifier.regrow): self.sparsifier.record_grad()
-    self._hold()
+    self.sparsifier.apply()
 
 @patch
 def _step(self:ZerosCallback):
@@ -148,14 +143,14 @@ def _step(self:ZerosCallback):
     if not self.learn.training: return self._before_validate()
     if self.sparsifier is None: self._start()
     else: self._follow()
-    self._hold(moved=not self._strangers)
+    self.sparsifier.apply(moved=not self._strangers)
     self._prune()
 
 # %% ../nbs/09a_events.ipynb #9cd371e2
 @patch
 def _start(self:ZerosCallback):
     "First batch of a fit"
-    self._strangers,self._reads_grads = any(map(_may_write, self.learn.cbs)), reads_gradients(self.learn)
+    self._strangers,self._reads_grads = any(map(_is_stranger, self.learn.cbs)), reads_gradients(self.learn)
     self._record.sparsity_scheduled,self._record.sparsity_measured = [],[]
     self.sparsifier = self._begin(unwrap(self.learn.model))
 
@@ -174,6 +169,8 @@ _one_by_one_torch = {'SGD', 'Adam', 'AdamW', 'NAdam', 'RAdam', 'RMSprop', 'Adagr
 _optimizer_hooks = ('_optimizer_step_pre_hooks', '_optimizer_step_post_hooks')
 _reading_events = ('after_backward', 'after_cancel_backward', 'before_step', 'after_step', 'after_cancel_step', 'after_cancel_batch')
 
+def _reads_in_between(cb): return any(hasattr(type(cb), e) or e in vars(cb) for e in _reading_events)
+
 def _looks_at_norms(opt):
     "Does the optimizer's step of a weight depend on other gradients than its own? True if it is not known"
     inner = getattr(opt, 'opt', opt)
@@ -190,7 +187,7 @@ def reads_gradients(
     "Does a callback or the optimizer look at more than one gradient at a time?"
     harmless = (GradientAccumulation, MixedPrecision, ZerosCallback, _Helper)
     others = [cb for cb in learn.cbs if not isinstance(cb, harmless)]
-    return _looks_at_norms(learn.opt) or any(_defines(cb, _reading_events) for cb in others)
+    return _looks_at_norms(learn.opt) or any(map(_reads_in_between, others))
 
 # %% ../nbs/09a_events.ipynb #0b28a4e2
 @patch

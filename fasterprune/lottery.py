@@ -234,11 +234,12 @@ def find_ticket(
     "Rounds of train → prune → rewind; `ValueError` if a number makes no sense or `path` holds another search."
     SparsifyCallback(sparsity, schedule=schedule, **kwargs) # says now what is wrong
     _check_search(learn, n_epoch, rounds, rewind_epoch, **kwargs)
-    how = dict(sparsity=sparsity, rounds=rounds, n_epoch=n_epoch, lr_max=lr_max, rewind_epoch=rewind_epoch, seed=seed, **kwargs)
-    settings = _settings(schedule, **how)
+    settings = _settings(schedule, sparsity=sparsity, rounds=rounds, n_epoch=n_epoch, lr_max=lr_max, rewind_epoch=rewind_epoch,
+                         seed=seed, **kwargs)
     done,ticket = (0, None) if path is None else _take_up(path, settings)
+    how = dict(kwargs, schedule=schedule, start_epoch=max(rewind_epoch, kwargs.get('start_epoch', 0)))
     for r in range(done+1, rounds+1):
-        one = _Round(sparsity, _target(sparsity, r, rounds), ticket and ticket.masks, schedule=schedule, **kwargs)
+        one = _Round(sparsity, _target(sparsity, r, rounds), ticket and ticket.masks, **how)
         ticket = _train_round(learn, n_epoch, lr_max, one, ticket, rewind_epoch, seed, cbs)
         ticket.settings = dict(settings, round=r)
         if path is not None: save_ticket(ticket, Path(path)/f'round_{r}.pt')

@@ -75,7 +75,7 @@ class LazyScores:
         criteria:Callable, # An elementwise criterion
         inputs:dict, # From the names of its parameters to tensors in the shape of the weight
     ):
-        self.layer,self.criteria,self.checked = layer,criteria,0 # checked: how far it has been read in one go
+        self.layer,self.criteria = layer,criteria
         self.inputs = {k: layer.flat(v) for k,v in inputs.items()}
 
     def __len__(self): return self.layer.n
@@ -83,11 +83,7 @@ class LazyScores:
     def __getitem__(self, part:slice) -> np.ndarray:
         inputs = {k: in_single(v[part]) for k,v in self.inputs.items()}
         n = next(iter(inputs.values())).shape
-        s = _as_scores(self.criteria(**inputs), self.criteria, self.layer, n)
-        start,stop,step = part.indices(len(self))
-        if step > 1 or stop > self.checked: _checked(s, self.criteria, self.layer)
-        if step == 1 and start <= self.checked < stop: self.checked = stop
-        return s.numpy()
+        return _as_scores(self.criteria(**inputs), self.criteria, self.layer, n).numpy()
 
 # %% ../nbs/07a_scores.ipynb #e4778b0d
 def _lazy(criteria, layer):

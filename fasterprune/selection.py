@@ -58,14 +58,16 @@ def select_sorted(
     return Selected([m.clone() for m in keep], [int((~m).sum()) for m in keep], rescued)
 
 # %% ../nbs/04c_selection.ipynb #cf745f0e
-def _compared(scores, masks, context):
+def _compared(scores, masks, context, allow_inf):
     "What is compared: scores, and perhaps the function of a score and its tail"
     if context is unscaled or hasattr(context, 'by_tail'): return scores, getattr(context, 'by_tail', None)
+    for i,s in enumerate(scores):
+        if not isinstance(s, Tensor): check_scores(s[:], i, allow_inf)
     return [_comparable(s, m, context) for s,m in zip(scores, masks or [None]*len(scores))], None
 
 # %% ../nbs/04c_selection.ipynb #a6937420
 def _start(scores, k, masks, allow_inf, context, group):
-    scores,by_tail = _compared(scores, masks, context)
+    scores,by_tail = _compared(scores, masks, context, allow_inf)
     if isinstance(scores[0], Tensor) and scores[0].device.type != 'cpu': return start_on_device(scores, k, masks, by_tail)
     try: return select_in_slices(scores, k, masks, allow_inf, by_tail)
     except BadScores as e: raise BadScores(e.index, e.lo, e.hi, group) from None
@@ -106,6 +108,6 @@ def select_on_device(
     context:Callable=unscaled, # As for `select`
 ) -> Selected: # As for `select`
     "As `select`, in the way that is made for other devices than the CPU, wherever the scores are."
-    scores,by_tail = _compared(scores, masks, context)
+    scores,by_tail = _compared(scores, masks, context, allow_inf)
     started = start_on_device(scores, k, masks, by_tail)
     return finish(started, answers([started]), allow_inf)

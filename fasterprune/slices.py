@@ -27,7 +27,7 @@ class _Candidates:
         self.allow_inf,self.by_tail = allow_inf,(by_tail if len(scores) > 1 else None) # one array compares with nothing
         self.work = [np.empty(min(_chunk, max(self.sizes)), t) for t in (bool, np.float32, np.float64)]
         self.units = [1.]*len(scores)
-        if self.by_tail: self.units = [_unit(self.slices(i)) for i in range(len(scores))]
+        if self.by_tail: self.units = [_unit(self, i) for i in range(len(scores))]
 
     def read(self, i, part):
         "A part of array `i`, and which of it are free, or None for all"
@@ -42,11 +42,11 @@ class _Candidates:
             yield part, *self.read(i, part)
 
 # %% ../nbs/04a_slices.ipynb #3287bf04
-def _unit(slices):
+def _unit(c, i):
     "A power of two in which scores in double precision are measured, so that their squares cannot overflow; 1 in single precision"
+    if c.scores[i][:1].dtype != np.float64: return 1.
     largest = 0.
-    for _,x,free in slices:
-        if x.dtype != np.float64: return 1.
+    for _,x,free in c.slices(i):
         finite = x < np.inf if free is None else free & (x < np.inf)
         largest = max(largest, float(x.max(where=finite, initial=0.)))
     return math.ldexp(1., -max(-1000, min(1000, math.frexp(largest)[1])))
@@ -91,19 +91,20 @@ class _Sample:
 
 # %% ../nbs/04a_slices.ipynb #0d44c9cc
 def _tail_error(squares):
-    "Two and a half standard deviations of the tails of a sample, relative to them"
+    "One and a half standard deviations of the tails of a sample, relative to them; a bracket that misses is read again"
     tails = _tails(squares)
-    return 2.5*np.sqrt(np.maximum(_tails(squares*squares) - tails*tails/len(squares), 0.)) / tails
+    return 1.5*np.sqrt(np.maximum(_tails(squares*squares) - tails*tails/len(squares), 0.)) / tails
 
 # %% ../nbs/04a_slices.ipynb #6ba458cc
 def _estimate(samples, k):
     "What the `k`-th smallest compares as lies between these two, most probably"
-    pooled = np.concatenate([s.comparable for s in samples])
-    order = pooled.argsort()
-    count = np.repeat([s.weight for s in samples], [s.n for s in samples])[order].cumsum()
-    def at(k): return pooled[order[min(int(count.searchsorted(k)), len(order)-1)]]
-    sure = 2*max(s.weight for s in samples) + 3*math.sqrt(sum(_variance(s, at(k)) for s in samples))
-    return (at(k-sure) if k > sure else -np.inf), (at(k+sure) if k+sure < count[-1] else np.inf)
+    every = max(1, sum(s.n for s in samples) >> 11)
+    marks = np.sort(np.concatenate([s.comparable[::every] for s in samples]))
+    count = sum(s.weight*s.comparable.searchsorted(marks, 'right') for s in samples)
+    at = marks[min(int(count.searchsorted(k)), len(marks)-1)]
+    sure = 2*max(s.weight for s in samples) + 3*math.sqrt(sum(_variance(s, at) for s in samples))
+    i,j = int(count.searchsorted(k-sure, 'right')) - 1,int(count.searchsorted(k+sure))
+    return (marks[i] if i >= 0 else -np.inf), (marks[j] if j < len(marks) else np.inf)
 
 # %% ../nbs/04a_slices.ipynb #6e901ac5
 def _variance(s, t):

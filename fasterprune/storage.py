@@ -158,7 +158,7 @@ _broken = (zstandard.ZstdError, SafetensorError, ArithmeticError, AttributeError
 # %% ../nbs/13_storage.ipynb #29f08952
 def unpack_state(
     data:bytes, # As from `pack_state`
-    limit:int=1<<34, # The most bytes that the tensors may have together
+    limit:int=1<<30, # The most bytes that the tensors may have together
     room:int=1<<24, # The most bytes of names, shapes and JSON
     check=None, # Function that is shown type, shape and cut of each entry before tensors are made, see `load_sparse`; it may raise
     codecs:tuple=codecs, # As for `pack_state`

@@ -42,10 +42,32 @@ def params():
     (here/'params'/'table.md').write_text(f'{heading(every)}\n\n{markdown(summarize(every, False))}\n')
     save(plot_params, every, here/'params'/'params.png', figsize=(7, 3))
 
+methods = dict(dense='dense', onecycle_log='ours', onecycle='one-cycle (paper)', agp80='AGP to 80 %', agp='AGP', oneshot='one-shot', iterative='iterative')
+
+def paper_row(arch, data, sparsity, rows):
+    "Accuracies of one cell of the paper's table, the best pruned one in bold, and two ranks"
+    found = {m: [100*r['accuracy'] for r in rows if r['schedule'] == m and (m == 'dense' or r['sparsity'] == sparsity)] for m in methods}
+    mean = {m: sum(v)/len(v) for m,v in found.items() if v}
+    ranked = sorted((m for m in mean if m != 'dense'), key=mean.get, reverse=True)
+    cells = {m: f'{mean[m]:.1f}' if m in mean else '' for m in methods}
+    cells[ranked[0]] = f'**{cells[ranked[0]]}**'
+    ranks = [f'{ranked.index(m)+1} of {len(ranked)}' if m in ranked else '' for m in ('onecycle_log', 'onecycle')]
+    return f'| {arch} | {data} | {sparsity:.0%} | ' + ' | '.join([*cells.values(), *ranks, str(len({r["seed"] for r in rows}))]) + ' |'
+
+def paper():
+    "A row for each network, data set and sparsity"
+    every = [r for r in rows('paper') if r['precision'] == 'bf16']
+    head = ['network', 'data', 'sparsity', *methods.values(), 'rank of ours', "rank of the paper's", 'seeds']
+    lines = [heading(every), '', f"| {' | '.join(head)} |", f"|{'|'.join(['---']*len(head))}|"]
+    for arch,data in sorted({(r['arch'], r['data']) for r in every}):
+        mine = [r for r in every if (r['arch'], r['data']) == (arch, data)]
+        lines += [paper_row(arch, data, s, mine) for s in sorted({r['sparsity'] for r in mine} - {0.})]
+    (here/'paper'/'table.md').write_text('\n'.join(lines) + '\n')
+
 def others():
-    "Folders that need no more than the usual report: digits, the paper's table, the multiplicative step"
+    "Folders that need no more than the usual report: digits, the multiplicative step"
     for folder in sorted(f.parent for f in here.glob('*/results.jsonl')):
-        if folder.name in ('quick', 'params', 'tickets'): continue
+        if folder.name in ('quick', 'params', 'tickets', 'paper'): continue
         every = rows(folder.name)
         write_report(every, folder, heading(every), reference(every), times=False)
 
@@ -60,4 +82,4 @@ def readme():
     text = (here/'README.md').read_text()
     (here/'README.md').write_text(re.sub(r'<!-- (\S+\.md) -->.*?<!-- end -->', table, text, flags=re.S))
 
-if __name__ == '__main__': quick(); params(); others(); readme()
+if __name__ == '__main__': quick(); params(); paper(); others(); readme()

@@ -390,3 +390,44 @@ def test_a_learner_on_our_batches_is_exported(tmp_path):
     learn.export('small.pkl')
     again = load_learner(tmp_path/'small.pkl')
     assert len(again.dls.train.dataset) == 0 and zeros(again.model) == zeros(learn.model)
+
+# whoever writes, however, at any event
+
+def hidden_write(learn):
+    for p in learn.model.parameters(): p.data.add_(.01)
+def through_numpy(learn):
+    for p in learn.model.parameters():
+        a = p.detach().numpy()
+        a += .01
+def new_parameters(learn):
+    for m in convs(learn.model): m.weight = nn.Parameter(m.weight.detach() + .01)
+def copied_layers(learn):
+    for i,m in enumerate(learn.model):
+        if isinstance(m, nn.Conv2d): learn.model[i] = copy.deepcopy(m)
+    hidden_write(learn)
+def copied_model(learn):
+    learn.model = copy.deepcopy(learn.model)
+    hidden_write(learn)
+
+class At(Callback):
+    "Calls a function at one event"
+    def __init__(self, event, f, order):
+        self.order,self.f = order,f
+        setattr(self, event, self._call)
+    def _call(self): self.f(self.learn)
+
+@pytest.mark.situation
+@pytest.mark.parametrize('event', ['before_validate', 'after_train', 'after_batch', 'after_validate', 'after_fit', 'before_epoch'])
+@pytest.mark.parametrize('write', [hidden_write, through_numpy, new_parameters, copied_layers, copied_model])
+@pytest.mark.parametrize('order', [-80, 2000])
+def test_whoever_writes_however(learner, write, event, order):
+    learn = learner()
+    fit(learn, 2, cbs=[local(.5, schedule=sched_agp), At(event, write, order), Memory()])
+    assert zeros(learn.model) == wanted(learn.model, .5)
+
+def test_a_network_of_another_kind_is_left_alone_and_it_is_said(learner):
+    learn,other = learner(),nn.Sequential(nn.Conv2d(4, 3, 6), nn.Flatten())
+    def swap(learn): learn.model = other
+    text = told(lambda: fit(learn, 2, cbs=[local(.5, schedule=sched_agp), At('after_fit', swap, -80)]))
+    assert 'zeros are not kept in the present learn.model, a Sequential' in text
+    assert learn.model is other and not (other[0].weight == 0).any()

@@ -57,6 +57,16 @@ def test_rewinding_to_an_epoch_takes_the_state_at_its_end(learner):
     ticket = quietly(find_ticket, learn, 3, 1e-2, sparsity=.5, rewind_epoch=2, schedule=sched_imp, seed=0, cbs=at)
     assert same(ticket.start, at.seen[1]) and ticket.rewind_epoch == 2 and ticket.start['1.num_batches_tracked'] == 12
 
+def test_up_to_the_epoch_of_rewinding_nothing_is_pruned(learner):
+    "Not even by a schedule that prunes at once: a shuffled mask keeps weights that were pruned in the search, and they begin alive"
+    learn = learner()
+    ticket = quietly(find_ticket, learn, 3, 1e-2, sparsity=.9, rounds=2, rewind_epoch=1, schedule=sched_oneshot_at_start, seed=0)
+    for n,m in ticket.masks.items():
+        assert (ticket.start[f'{n}.weight'] != 0).all() and not m.all()
+    assert float(ticket) == pytest.approx(.9, abs=.01)
+
+def sched_oneshot_at_start(start, end, pos): return end
+
 def test_training_a_ticket_begins_at_its_epoch_and_keeps_its_masks(learner):
     from fastai.callback.core import Callback
     class Watch(Callback):

@@ -2,7 +2,8 @@
 import copy, threading
 import pytest, torch
 from torch import nn
-from fasterprune.probe import as_inputs, copied, input_scale, unwrap, untouched
+from fasterprune.couplings import find_couplings
+from fasterprune.probe import Patience, as_inputs, copied, input_scale, unwrap, untouched
 from fasterprune.flow import following_norms, live_channels
 
 def net(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
@@ -35,6 +36,18 @@ def test_a_run_that_fails_leaves_no_hook_no_mode_and_no_mark():
     assert [len(l._forward_hooks)+len(l._forward_pre_hooks) for l in m.modules()] == [0, 1, 0, 0, 0] and mine.id in m[0]._forward_hooks
     assert torch.equal(rng, torch.get_rng_state())
     assert marks == [p.requires_grad for p in m.parameters()] and modes == [l.training for l in m.modules()]
+
+@pytest.mark.fault
+def test_a_long_look_tells_shows_a_bar_and_can_be_stopped(monkeypatch, capsys):
+    monkeypatch.setattr(Patience, 'wait', 0)
+    m = net()
+    with pytest.warns(UserWarning, match='1 of 3 layers .*Ctrl-C .*pass the backbone'): find_couplings(m, x)
+    assert '2/2' in capsys.readouterr().out
+    def stop(*_): raise KeyboardInterrupt
+    mine,before = m[2].register_forward_hook(stop),copy.deepcopy(m.state_dict())
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning): find_couplings(m, x)
+    assert [len(l._forward_hooks)+len(l._forward_pre_hooks) for l in m.modules()] == [0, 0, 0, 1, 0] and mine.id in m[2]._forward_hooks
+    assert all(l.training for l in m.modules()) and all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
 
 @pytest.mark.parametrize('how', ['shell', 'in place', 'a part', 'nested'])
 def test_a_compiled_network_that_has_run_is_seen_through(how):
