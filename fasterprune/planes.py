@@ -153,7 +153,7 @@ def _calls(self:TapLayer):
 @functools.cache
 def _workers(n): return ThreadPoolExecutor(n)
 
-# %% ../nbs/15b_planes.ipynb #7993c8c5
+# %% ../nbs/15b_planes.ipynb #5b327d02
 @patch
 def __call__(self:TapLayer):
     "Computes the output."
