@@ -179,7 +179,7 @@ def race(*calls, seconds:float=1.):
 # %% ../nbs/15_engine.ipynb #553520e6
 def _ms(seconds): return f'{1e3*seconds:.3f}'
 
-# %% ../nbs/15_engine.ipynb #da35c9b1
+# %% ../nbs/15_engine.ipynb #dc828a38
 @patch
 def do_conv(self:Program, op):
     weight,dense,times = op.conv.weight,self.dense(op),('given', 'given')
