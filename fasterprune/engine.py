@@ -179,11 +179,14 @@ def race(*calls, seconds:float=1.):
 # %% ../nbs/15_engine.ipynb #553520e6
 def _ms(seconds): return f'{1e3*seconds:.3f}'
 
-# %% ../nbs/15_engine.ipynb #b9aa3a23
+# %% ../nbs/15_engine.ipynb #dc828a38
 @patch
 def do_conv(self:Program, op):
     weight,dense,times = op.conv.weight,self.dense(op),('given', 'given')
-    steps,planes = self.sparse_linear(op) if op.kind == 'linear' else self.sparse(op)
+    left = int(weight.count_nonzero())
+    if op.kind == 'linear' and left > weight.numel()/2: self.plan.setdefault(op.name, 'dense')
+    steps,planes = [dense],{}
+    if self.plan.get(op.name) != 'dense': steps,planes = self.sparse_linear(op) if op.kind == 'linear' else self.sparse(op)
     if op.name not in self.plan:
         sparse_time,dense_time = race(lambda: [f() for f in steps], dense)
         self.plan[op.name] = 'sparse' if sparse_time < dense_time else 'dense'
@@ -191,7 +194,6 @@ def do_conv(self:Program, op):
     if self.plan[op.name] == 'dense':
         for p in set(planes.values()) - set(self.planes.values()): self.release(p)
         steps,planes = [dense],{}
-    left = int(weight.count_nonzero())
     products = left*math.prod(op_shape(op.node))//len(weight)
     self.commit(op, steps, planes, self.plan[op.name], (f'{left/weight.numel():.1%}', si(products), *times))
 
