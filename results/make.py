@@ -26,14 +26,16 @@ def heading(rows):
 
 def report(rows, reference=None): return '\n\n'.join([heading(rows), markdown(summarize(rows, False)), markdown(paired(rows, reference))]) + '\n'
 
-def usual(r): return r['schedule'] in ('dense', 'onecycle_log') or r['schedule'] != 'onecycle' or r['context'] == 'lamp'
+def usual(r):
+    "Not one-cycle with other contexts, nor fasterai, which has no LAMP: they are in a table of their own"
+    return r['schedule'] not in ('onecycle', 'fasterai') or r['context'] == 'lamp'
 
 def quick():
     "Schedules and rivals, each with its own context or LAMP; then one-cycle with each context"
     every = rows('quick')
     write_report([r for r in every if usual(r)], here/'quick', heading(every), 'onecycle_log', times=False)
     save(plot_curves, [r for r in every if usual(r) and r['sparsity'] in (0., .95)], here/'quick'/'sparsity.png', figsize=(8, 4))
-    some = [r for r in every if r['schedule'] in ('dense', 'onecycle', 'onecycle_log') and r['sparsity'] in (0., .95, .98)]
+    some = [r for r in every if r['schedule'] in ('dense', 'onecycle', 'onecycle_log', 'fasterai') and r['sparsity'] in (0., .95, .98)]
     (here/'quick'/'contexts.md').write_text(report(some, 'onecycle_log lamp'))
     save(plot_accuracy, some, here/'quick'/'contexts.png', figsize=(7, 3.6))
 
