@@ -253,22 +253,24 @@ def _keep_inside(r, mask, n_gone):
 
 # %% ../nbs/04a_slices.ipynb #41692bc1
 def _keep(readings, masks, t, k):
-    "Complete the masks; of what compares equal to `t`, the first go, array by array"
+    "Complete the masks, and count what they keep; of what compares equal to `t`, the first go, array by array"
     smaller = [int(r.comparable.searchsorted(t)) for r in readings]
-    quota = k - sum(smaller) - sum(r.n_below for r in readings)
+    quota,kept = k - sum(smaller) - sum(r.n_below for r in readings),[]
     for r,mask,n in zip(readings, masks, smaller):
         equal = min(quota, int(r.comparable.searchsorted(t, 'right')) - n)
         _keep_inside(r, mask, n+equal)
+        kept.append(r.n_above + len(r.values) - n-equal)
         quota -= equal
+    return kept
 
-def _selected(c, masks, rescued):
-    n_pruned = [n - int(np.count_nonzero(m)) for n,m in zip(c.sizes, masks)]
+def _selected(c, masks, kept, rescued):
+    n_pruned = [n-m for n,m in zip(c.sizes, kept)]
     return Selected([torch.from_numpy(m) for m in masks], n_pruned, sorted(rescued) if len(masks) > 1 else [])
 
 # %% ../nbs/04a_slices.ipynb #9b3373f0
 def _as_before(c, rescued):
     "What was selected if nothing may go any more"
-    return _selected(c, [np.ones(n, dtype=bool) if f is None else f.copy() for n,f in zip(c.sizes, c.free)], rescued)
+    return _selected(c, [np.ones(n, dtype=bool) if f is None else f.copy() for n,f in zip(c.sizes, c.free)], c.n_free, rescued)
 
 # %% ../nbs/04a_slices.ipynb #966c6464
 def select_in_slices(
@@ -285,7 +287,9 @@ def select_in_slices(
     if asked <= 0 or not most: return _as_before(c, rest if asked > most else [])
     new = [np.empty(n, dtype=bool) for n in c.sizes]
     readings,t,best = _search(c, min(asked, most), new)
-    _keep(readings, new, t, min(asked, most))
-    for i,(at,_) in best.items(): new[i][at] = True
+    kept = _keep(readings, new, t, min(asked, most))
+    for i,(at,_) in best.items():
+        new[i][at] = True
+        kept[i] += 1
     lost = [i for i,(_,score) in best.items() if _comparable(np.array([score]), c.by_tail)[0] < t]
-    return _selected(c, new, rest if asked > most else lost)
+    return _selected(c, new, kept, rest if asked > most else lost)
