@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .graph import Reader, op_name, op_shape, read_graph
 from .kernels import vector_width
-from .planes import Planes, TapLayer
+from .planes import Chain, Planes, TapLayer, joined
 from .probe import unwrap
 from .tables import Table, si
 
@@ -32,6 +32,7 @@ class Program:
             getattr(self, f'do_{op.kind}')(op)
             for n in set(op.sources) & set(self.planes) - set(reader.output.all_input_nodes):
                 if last[n] is op: self.release(self.planes[n])
+        self.steps = joined(self.steps)
 
     def start(self, inputs): self.tensors = {**self.reader.constants, **dict(zip(self.reader.inputs, inputs))}
 
@@ -82,7 +83,7 @@ def as_planes(self:Program, nodes, steps):
 @patch
 def commit(self:Program, op, steps, planes, how='planes', facts=('',)*4):
     "Does the steps now, and at each call; `facts` are for the table."
-    for f in steps: f()
+    for f in joined(steps): f()
     self.steps += steps
     self.planes.update(planes)
     self.report.append([op.name, how, *facts])
@@ -140,7 +141,7 @@ def sparse(self:Program, op):
 def sparse_linear(self:Program, op):
     n,shape = op.node,op_shape(op.node)
     source,out = (Planes((math.prod(shape[:-1]), c, 1, 1)) for c in reversed(op.conv.weight.shape[:2]))
-    layer = TapLayer(op.conv, source, out)
+    layer = Chain([TapLayer(op.conv, source, out)])
     def run():
         source.view.copy_(self.view(op.sources[0]).reshape(source.shape))
         layer()
@@ -179,6 +180,13 @@ def race(*calls, seconds:float=1.):
 # %% ../nbs/15_engine.ipynb #553520e6
 def _ms(seconds): return f'{1e3*seconds:.3f}'
 
+_times = 4
+
+def _several(steps):
+    "The steps several times, as in a network, where other layers come before and after"
+    steps = joined(steps*_times)
+    return lambda: [f() for f in steps]
+
 # %% ../nbs/15_engine.ipynb #dc828a38
 @patch
 def do_conv(self:Program, op):
@@ -188,9 +196,9 @@ def do_conv(self:Program, op):
     steps,planes = [dense],{}
     if self.plan.get(op.name) != 'dense': steps,planes = self.sparse_linear(op) if op.kind == 'linear' else self.sparse(op)
     if op.name not in self.plan:
-        sparse_time,dense_time = race(lambda: [f() for f in steps], dense)
+        sparse_time,dense_time = race(_several(steps), _several([dense]))
         self.plan[op.name] = 'sparse' if sparse_time < dense_time else 'dense'
-        times = _ms(sparse_time),_ms(dense_time)
+        times = _ms(sparse_time/_times),_ms(dense_time/_times)
     if self.plan[op.name] == 'dense':
         for p in set(planes.values()) - set(self.planes.values()): self.release(p)
         steps,planes = [dense],{}

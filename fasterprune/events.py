@@ -36,6 +36,7 @@ class _Last(_Helper):
     order,run_valid = float('inf'),True
     def before_train(self): self.owner._train_begins()
     def before_batch(self): self.owner._step()
+    def before_step(self): self.owner._before_step()
     def after_train(self): self.owner._train_ends()
     def before_validate(self): self.owner._before_validate()
     def after_cancel_epoch(self): self.owner._train_ends()
@@ -156,6 +157,8 @@ def _start(self:ZerosCallback):
 
 @patch
 def _prune(self:ZerosCallback): pass
+@patch
+def _before_step(self:ZerosCallback): pass
 @patch
 def _train_ends(self:ZerosCallback):
     if not self._opening: self._hold()

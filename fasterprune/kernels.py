@@ -4,14 +4,15 @@
 
 # %% ../nbs/15a_kernels.ipynb #30ee92f8
 from __future__ import annotations
-import ctypes, functools
+import ctypes, functools, os
 from contextlib import contextmanager
+import numpy as np
 from fastcore.basics import patch
 try: import llvmlite.binding as llvm, llvmlite.ir as ir
 except ImportError: llvm = ir = None
 
 # %% auto #0
-__all__ = ['vector_width', 'compiled']
+__all__ = ['vector_width', 'compiled', 'record']
 
 # %% ../nbs/15a_kernels.ipynb #5743a995
 def vector_width() -> int: # Floats
@@ -24,12 +25,12 @@ def vector_width() -> int: # Floats
 class _Code:
     "A function under construction"
     def __init__(self, kinds):
-        self.kinds,self.width,self.f32,self.i32,self.i64 = kinds,vector_width(),ir.FloatType(),ir.IntType(32),ir.IntType(64)
+        self.width,self.f32,self.i32,self.i64,self.ptr = vector_width(),ir.FloatType(),ir.IntType(32),ir.IntType(64),ir.PointerType()
         self.vec,self.bits = ir.VectorType(self.f32, self.width),ir.VectorType(self.i32, self.width)
-        types = dict(p=ir.PointerType(), i=self.i64, f=self.f32)
-        self.module = ir.Module()
-        f = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [types[k] for k in kinds]), 'run')
-        self.args,self.b = f.args,ir.IRBuilder(f.append_basic_block())
+        self.kind,self.module = ir.FunctionType(ir.VoidType(), [self.ptr]),ir.Module()
+        f = ir.Function(self.module, self.kind, 'run')
+        self.b,types = ir.IRBuilder(f.append_basic_block()),dict(p=self.ptr, i=self.i64, f=self.f32)
+        self.args = [self.load(self.at(f.args[0], i, self.i64), types[k]) for i,k in enumerate(kinds)]
 
     def int(self, n): return self.i64(n) if isinstance(n, int) else n
     def sum(self, *terms): return functools.reduce(self.b.add, map(self.int, terms))
@@ -141,28 +142,62 @@ def _split(step):
         e.write([e.at(out, target)], [e.b.shuffle_vector(pixels, pixels, lanes)])
     return e
 
+# %% ../nbs/15a_kernels.ipynb #c4a10002
+@patch
+def wait(self:_Code, counter, enough):
+    "Let others run until the counter says enough"
+    let_run = ir.Function(self.module, ir.FunctionType(self.i32, []), 'SwitchToThread' if os.name == 'nt' else 'sched_yield')
+    again,end = self.b.append_basic_block(),self.b.append_basic_block()
+    self.b.branch(again)
+    self.b.position_at_end(again)
+    short = self.b.icmp_signed('<', self.b.load_atomic(counter, 'seq_cst', 8, typ=self.i64), enough)
+    with self.b.if_then(short): self.b.call(let_run, [])
+    self.b.cbranch(short, again, end)
+    self.b.position_at_end(end)
+
+# %% ../nbs/15a_kernels.ipynb #c4a10003
+def _chain():
+    "Calls, one after the other and in step with other threads"
+    e = _Code('piip')
+    calls,n,threads,done = e.args
+    with e.loop(0, n) as i:
+        f,own = (e.load(e.at(calls, e.sum(i, i, k), e.i64), kind) for k,kind in enumerate((e.i64, e.ptr)))
+        with e.b.if_then(e.b.icmp_signed('!=', f, e.int(0))): e.b.call(e.b.inttoptr(f, ir.PointerType(e.kind)), [own])
+        e.b.atomic_rmw('add', done, e.int(1), 'seq_cst')
+        e.wait(done, e.b.mul(threads, e.sum(i, 1)))
+    return e
+
 # %% ../nbs/15a_kernels.ipynb #9f9af588
-_loops = dict(walk=_walk, split=_split)
+_loops = dict(walk=_walk, split=_split, chain=_chain)
 
 @functools.cache
 def compiled(
-    loop:str, # 'walk' or 'split'
+    loop:str, # 'walk', 'split' or 'chain'
     *sizes, # Of 'walk': vectors and taps at a time, and whether the largest tap is wanted; of 'split': the step
-): # A ctypes function
-    "A loop as machine code for this processor."
+): # A function of the address of a record
+    "A loop as machine code for this processor; its own address is its `address`."
     e = _loops[loop](*sizes)
     e.b.ret_void()
-    return _compile(str(e.module), e.kinds)
+    return _compile(str(e.module))
 
 # %% ../nbs/15a_kernels.ipynb #cf7d8707
-def _compile(text, kinds):
+def _compile(text):
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     host = dict(cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3)
     target,code = llvm.Target.from_default_triple().create_target_machine(**host),llvm.parse_assembly(text)
     passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=2))
     passes.getModulePassManager().run(code, passes)
-    engine,types = llvm.create_mcjit_compiler(code, target),dict(p=ctypes.c_void_p, i=ctypes.c_int64, f=ctypes.c_float)
-    f = ctypes.CFUNCTYPE(None, *(types[k] for k in kinds))(engine.get_function_address('run'))
-    f.engine,f.assembly = engine,lambda: target.emit_assembly(code) # the machine code lives as long as its engine
+    engine = llvm.create_mcjit_compiler(code, target)
+    address = engine.get_function_address('run')
+    f = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+    f.address,f.engine,f.assembly = address,engine,lambda: target.emit_assembly(code) # the machine code lives as long as its engine
     return f
+
+# %% ../nbs/15a_kernels.ipynb #c4a10005
+def record(
+    *args, # Addresses, whole numbers and floats; None is the address of nothing
+) -> np.ndarray: # Eight bytes for each
+    "Arguments as a loop reads them; they live as long as the array."
+    def bits(a): return int(np.float32(a).view(np.int32)) if isinstance(a, float) else int(a or 0)
+    return np.array([bits(a) for a in args], dtype=np.int64)

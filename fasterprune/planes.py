@@ -4,19 +4,23 @@
 
 # %% ../nbs/15b_planes.ipynb #6ace1b7d
 from __future__ import annotations
-import functools, math
+import functools, itertools, math, os, threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor
-from .kernels import compiled, vector_width
+from .kernels import compiled, record, vector_width
 
 # %% auto #0
-__all__ = ['Planes', 'Conv', 'Phases', 'TapLayer']
+__all__ = ['Planes', 'Conv', 'Phases', 'TapLayer', 'Chain', 'joined']
 
 # %% ../nbs/15b_planes.ipynb #79795562
 def _round_up(n, to): return -(-n//to)*to
+
+def _shares(n): # From where to where of n channels, for each thread
+    threads = min(torch.get_num_threads(), n)
+    return [(n*i//threads, n*(i + 1)//threads) for i in range(threads)]
 
 # %% ../nbs/15b_planes.ipynb #f633c297
 class Planes:
@@ -74,7 +78,7 @@ class Phases:
         (sy,sx),(py,px),(n,c) = conv.stride,conv.padding,source.shape[:2]
         used,phase = np.unique(y%sy*sx + x%sx, return_inverse=True)
         self.planes = Planes((n, len(used)*c, *out.shape[2:]), out.pad, slack=16)
-        self.channel,self.y,self.x,self.split,self.calls = phase*c + channel,y//sy,x//sx,compiled('split', sx),[]
+        self.channel,self.y,self.x,self.rounds = phase*c + channel,y//sy,x//sx,[]
         self.read = [np.unique(channel[phase == i]) for i in range(len(used))] # channels, for each phase
         strides = self.planes.plane,source.plane,self.planes.stride,sy*source.stride
         for i,(a,b) in enumerate(zip(used//sx, used%sx)):
@@ -82,11 +86,8 @@ class Phases:
             for j in range(n):
                 start = source.address(0, j*source.image + (a - py)*source.stride + b - px)
                 target = self.planes.address(i*c, j*self.planes.image)
-                args = target,start,self.read[i].ctypes.data,len(self.read[i]),rows,columns,*strides
-                self.calls.append([int(a) for a in args])
-
-    def __call__(self):
-        for args in self.calls: self.split(*args)
+                shares = [(self.read[i][a:].ctypes.data, b - a, rows, columns, *strides) for a,b in _shares(len(self.read[i]))]
+                self.rounds.append([(compiled('split', sx), record(int(target), int(start), *map(int, s))) for s in shares])
 
 # %% ../nbs/15b_planes.ipynb #c90d2301
 @patch
@@ -127,9 +128,8 @@ class TapLayer:
         self.vectors,self.each = -(-out.length//vector_width()),len(row)/out.shape[1]
         self.tile = -(-self.vectors//-(-self.vectors//14))
         self.unroll = 1 if conv.maximum else max(1, 8//self.tile)
-        self.walk = compiled('walk', self.tile, self.unroll, conv.maximum)
         self._write_table(row, channel, channel*source.plane + y*source.stride + x, value)
-        self.calls = self._calls()
+        self.rounds = self._rounds()
 
 # %% ../nbs/15b_planes.ipynb #3f49d643
 @patch
@@ -141,23 +141,54 @@ def _write_table(self:TapLayer, row, channel, offset, value):
 
 # %% ../nbs/15b_planes.ipynb #c6389efe
 @patch
-def _calls(self:TapLayer):
-    "The arguments of the loop, for each thread"
+def _rounds(self:TapLayer):
+    "What is called: rounds of a loop and its record for each thread"
     channels,residual = self.out.shape[1],self.residual.address() if self.residual else None
-    n,group = min(torch.get_num_threads(), channels),channels if self.each >= 10 else 4
+    group = channels if self.each >= 10 else 4
     arrays = self.table.ctypes.data,self.first.ctypes.data,self.bias.data_ptr(),residual,self.mask.data_ptr()
     head = self.out.address(),self.source.address(),*arrays,self.out.plane,self.vectors,channels,self.blocks
-    return [(*head, channels*i//n, channels*(i + 1)//n, group, self.conv.lo, self.conv.hi) for i in range(n)]
+    walk,before = compiled('walk', self.tile, self.unroll, self.conv.maximum),self.phases.rounds if self.phases else []
+    return [*before, [(walk, record(*head, *share, group, self.conv.lo, self.conv.hi)) for share in _shares(channels)]]
 
 # %% ../nbs/15b_planes.ipynb #3cecbe57
+_turn = threading.Lock() # threads that wait for each other must all be running
+
 @functools.cache
 def _workers(n): return ThreadPoolExecutor(n)
 
+def _forked():
+    global _turn
+    _turn = threading.Lock()
+    _workers.cache_clear()
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_forked)
+
 # %% ../nbs/15b_planes.ipynb #5b327d02
-@patch
-def __call__(self:TapLayer):
-    "Computes the output."
-    if self.phases: self.phases()
-    others = [_workers(len(self.calls)).submit(self.walk, *args) for args in self.calls[1:]]
-    self.walk(*self.calls[0])
-    for o in others: o.result()
+class Chain:
+    "Layers one after the other, on all threads, without Python in between"
+    def __init__(self, layers):
+        self.layers,self.done,self.run = layers,np.zeros(1, np.int64),compiled('chain') # what the layers hold must live
+        rounds = [r for l in layers for r in l.rounds]
+        self.n = max(map(len, rounds))
+        self.calls = np.zeros((self.n, len(rounds), 2), np.int64)
+        for i,r in enumerate(rounds):
+            for thread,(f,own) in enumerate(r): self.calls[thread,i] = f.address,own.ctypes.data
+        self.records = [record(c.ctypes.data, len(rounds), self.n, self.done.ctypes.data) for c in self.calls]
+
+    def __call__(self):
+        with _turn:
+            self.done[0] = 0
+            try:
+                others = [_workers(self.n).submit(self.run, r.ctypes.data) for r in self.records[1:]]
+                self.run(self.records[0].ctypes.data)
+            finally: self.done[0] = 1<<62 # after Ctrl-C nobody waits for this thread
+            for o in others: o.result()
+
+# %% ../nbs/15b_planes.ipynb #c4a20002
+def joined(
+    steps:list, # Functions without arguments; `TapLayer`s are some of them
+) -> list: # The same, with layers that follow each other as one `Chain`
+    "What can be called without Python in between."
+    out = []
+    for is_layer,run in itertools.groupby(steps, lambda s: isinstance(s, TapLayer)): out += [Chain(list(run))] if is_layer else run
+    return out

@@ -1,12 +1,13 @@
 "The engine: outputs equal to PyTorch's, the model untouched, a plan that says what runs how, errors that help"
-import copy, io, json
+import copy, io, json, os, time
+from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from fasterprune import engine, kernels, saved
 from fasterprune.allocation import by_multiplications, multiplications
 from fasterprune.engine import fast_cpu
-from fasterprune.planes import Conv, Planes, TapLayer
+from fasterprune.planes import Chain, Conv, Planes, TapLayer
 from fasterprune.saved import load_fast_cpu
 from fasterprune.sparsifier import Sparsifier
 from fasterprune.storage import save_sparse
@@ -259,9 +260,56 @@ def test_layers(k, s, p, d, g, threads):
     if x.shape[2:] == wanted.shape[2:]: pads = (max(pads),)*2
     source,out = Planes(x.shape, pads[0]),Planes(wanted.shape, pads[1])
     source.view.copy_(x)
-    TapLayer(conv, source, out)()
+    Chain([TapLayer(conv, source, out)])()
     torch.testing.assert_close(out.view, wanted, rtol=1e-5, atol=1e-5)
     assert out.data.count_nonzero() == wanted.count_nonzero() # nothing between the rows
+
+def layers_in_a_row(threads, n=6):
+    "Convolutions and a pooling in one chain; the planes that it ends in, and what PyTorch says"
+    torch.set_num_threads(threads)
+    x = wanted = torch.randn(2, 8, 17, 13)
+    planes = Planes(x.shape, 1)
+    planes.view.copy_(x)
+    layers = []
+    for i in range(n):
+        pool,stride = i == n-1,1 + (i == 2)
+        w = torch.ones(8, 1, 3, 3) if pool else torch.randn(8, 8, 3, 3)*(torch.rand(8, 8, 3, 3) < .3)
+        wanted = F.max_pool2d(wanted, 3, 1, 1) if pool else F.conv2d(wanted, w, None, stride, 1).relu()
+        out = Planes(wanted.shape, 1)
+        layers.append(TapLayer(Conv(w, None, (stride,)*2, (1, 1), groups=8 if pool else 1, lo=0., maximum=pool), planes, out))
+        planes = out
+    return Chain(layers),planes,wanted
+
+@pytest.mark.parametrize('threads', [1, 2, 5, 11])
+def test_a_chain_on_threads(threads):
+    chain,out,wanted = layers_in_a_row(threads)
+    for _ in range(20):
+        out.view.zero_()
+        chain()
+        assert (out.view - wanted).abs().max() <= 1e-5*wanted.max()
+
+def test_chains_of_several_networks_at_a_time():
+    found = [layers_in_a_row(3) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool: list(pool.map(lambda f: [f[0]() for _ in range(30)], found))
+    for _,out,wanted in found: assert (out.view - wanted).abs().max() <= 1e-5*wanted.max()
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_a_chain_in_a_forked_process():
+    chain,out,wanted = layers_in_a_row(2)
+    chain()
+    expected = out.data.numpy().copy()
+    child = os.fork()
+    if not child:
+        out.data.numpy()[:] = 0
+        chain()
+        os._exit(0 if np.array_equal(out.data.numpy(), expected) else 1)
+    for _ in range(600):
+        done,status = os.waitpid(child, os.WNOHANG)
+        if done: break
+        time.sleep(.05)
+    else: os.kill(child, 9)
+    assert done and status == 0
 
 def test_nan_is_not_hidden_by_a_relu():
     m = sparse(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), 0)

@@ -20,13 +20,13 @@ from ..contexts import erk
 from ..criteria import criteria_inputs, random_score
 from ..layers import find_layers
 from ..schedules import sched_agp, sched_between, sched_iterative, sched_onecycle, sched_onecycle_log, sched_oneshot
-from ..sparsifier import Sparsifier
 from ..sparsity import measured_sparsity
+from ..straight import StraightThrough
 
 # %% auto #0
 __all__ = ['restarts', 'extras', 'rivals', 'baselines', 'schedules', 'named_criteria', 'Baseline', 'lr_cycles', 'lr_linear',
-           'sched_acdc', 'StraightThrough', 'GrowCallback', 'MultiplicativeStep', 'find_extra', 'fasterai_callback',
-           'onecycle_params', 'find_baseline', 'find_schedule', 'find_criteria']
+           'sched_acdc', 'GrowCallback', 'MultiplicativeStep', 'find_extra', 'fasterai_callback', 'onecycle_params',
+           'find_baseline', 'find_schedule', 'find_criteria']
 
 # %% ../../nbs/experiments/03_baselines.ipynb #55e4f24b
 @dataclass(frozen=True)
@@ -100,41 +100,6 @@ def sched_acdc(
 
 # %% ../../nbs/experiments/03_baselines.ipynb #5863d022
 _acdc = Baseline('sparse and dense phases in turn (AC/DC, Peste et al. 2021)', sched_acdc, dict(regrow=True, min_change=0.))
-
-# %% ../../nbs/experiments/03_baselines.ipynb #5cd0186f
-class StraightThrough(Callback):
-    "Prune for each forward pass; the optimizer's step goes to the dense weights behind (DPF; `soft=True`: Feather)."
-    order,run_valid = Recorder.order+1,False
-    def __init__(self, sparsity, context='local', schedule=sched_agp, layers=nn.Conv2d, exclude=(), soft=False):
-        self.sparsity,self.schedule,self.soft,self.dense = sparsity,schedule,soft,None
-        self.how = dict(context=context, layers=layers, exclude=exclude, regrow=True)
-
-    def before_train(self): self.restore()
-    def before_batch(self): self.cut()
-    def after_backward(self): self.restore()
-    def before_validate(self): self.cut()
-
-    def cut(self):
-        "Remember the dense weights and prune"
-        sparsifier = Sparsifier(get_model(self.learn.model), sample=self.learn.xb, **self.how)
-        self.weights = [l.weight for l in sparsifier.layers]
-        self.dense = [w.clone() for w in self.weights]
-        sparsifier.sparsify(self.schedule(0., self.sparsity, self.learn.pct_train), self.learn.xb)
-        if self.soft: _soften(self.weights, self.dense)
-
-    def restore(self):
-        for w,d in zip(self.weights if self.dense else (), self.dense or ()): w.copy_(d)
-        self.dense = None
-
-# %% ../../nbs/experiments/03_baselines.ipynb #7fa84a19
-@torch.no_grad()
-def _soften(weights, dense):
-    "Kept weights as `(|w|³-t³)^(1/3)`, where t is the largest pruned one: large weights stay, those at the threshold begin at zero"
-    for w,d in zip(weights, dense):
-        pruned = w == 0
-        if not pruned.any(): continue
-        size = (w.abs()**3 - d[pruned].abs().max()**3).clamp(min=torch.finfo(w.dtype).tiny)**(1/3)
-        w.copy_(w.sign() * size)
 
 # %% ../../nbs/experiments/03_baselines.ipynb #bc408451
 class GrowCallback(Callback):
@@ -244,15 +209,17 @@ def fasterai_callback(
 rivals = dict(
     bimp=_bimp, acdc=_acdc,
     random_erk=Baseline('random masks with ERK shares, from the first step', sched_oneshot, dict(context='erk', criteria=random_score)),
-    dpf=Baseline('straight through: dense weights behind the pruned ones (DPF, Lin et al. 2020)', sched_agp, pruner=StraightThrough),
+    dpf=Baseline('straight through: dense weights behind the pruned ones (DPF, Lin et al. 2020)', sched_agp, pruner=partial(StraightThrough, soft=False)),
     feather=Baseline('the same, with a soft threshold (ST-3, Feather, 2023)', sched_agp,
-                     pruner=partial(StraightThrough, soft=True)),
+                     pruner=StraightThrough),
     rigl=Baseline('sparse from the start, grows by the gradient (RigL, Evci et al. 2020)', sched_oneshot,
                   dict(context='erk'), pruner=GrowCallback),
     granet=Baseline('prunes along AGP, grows by the gradient (GraNet, Liu et al. 2021)', sched_agp,
                     dict(context='erk'), pruner=GrowCallback),
     fasterai=Baseline('one-cycle pruning with fasterai (an extra: fasterprune[rivals])', sched_onecycle, pruner=fasterai_callback))
-baselines = {**_plain, **_restarting, **rivals}
+_straight = dict(straight=Baseline('straight through and soft, AGP to 80 % of the training: `StraightThrough` of this package',
+                                  sched_between(sched_agp, 0, .8), pruner=StraightThrough))
+baselines = {**_plain, **_restarting, **_straight, **rivals}
 schedules = {name: b.schedule for name,b in {**_plain, **_restarting}.items()}
 
 # %% ../../nbs/experiments/03_baselines.ipynb #5fd55423
