@@ -18,6 +18,7 @@ from .channels import ChannelGraph
 from .sparsity import Sparsity, measured_sparsity
 from .sparsifier import Sparsifier
 from .callback import KeepSparsity, SparsifyCallback
+from .straight import StraightThrough
 
 # %% ../nbs/18_all.ipynb #a93000e2
 from .cost import Latency, count_flops, dense_bytes, measure_latency, sparse_bytes

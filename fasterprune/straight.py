@@ -22,7 +22,7 @@ def soft_threshold(
     dense:Tensor, # Weights
     kept:Tensor, # bool, in the same shape: False where pruned
 ) -> Tensor: # Zero where pruned, never where kept unless `dense` is
-    "`sign(w)·(|w|³ - t³)^(1/3)` where kept, with t the largest `|w|` that is pruned (ST-3, Vanderschueren & De Vleeschouwer 2023, arXiv 2212.06643)."
+    "`sign(w)·(|w|³ - t³)^(1/3)` where kept; t is the largest `|w|` pruned (ST-3, Vanderschueren & De Vleeschouwer 2023, arXiv 2212.06643)."
     w = in_single(dense)
     size = w.abs()
     t = size.masked_fill(kept, 0).max()
@@ -45,7 +45,8 @@ class StraightThrough(SparsifyCallback):
         exclude=(), # As for `SparsifyCallback`
         soft:bool=True, # Do kept weights shrink towards the threshold (`soft_threshold`)?
     ):
-        super().__init__(sparsity, context=context, criteria=criteria, schedule=schedule, layers=layers, exclude=exclude, regrow=True, min_change=0.)
+        super().__init__(sparsity, context=context, criteria=criteria, schedule=schedule, layers=layers, exclude=exclude,
+                         regrow=True, min_change=0.)
         self.soft = soft
 
     def _begin(self, model):

@@ -60,7 +60,7 @@ companions = dict(plain=lambda: [], accumulation_last_batch_not_stepping=lambda:
     mixup=lambda: [MixUp()], cutmix=lambda: [CutMix()], early_stopping=lambda: [EarlyStoppingCallback(min_delta=100., patience=1)], save_best=lambda: [SaveModelCallback()], save_every_epoch=lambda: [SaveModelCallback(every_epoch=True, with_opt=True)],
     reduce_lr_on_plateau=lambda: [ReduceLROnPlateau(patience=1)], csv_logger=lambda: [CSVLogger()], channels_last=lambda: [ChannelsLast()])
 optimizers = dict(sgd=partial(SGD, mom=.9, wd=.01), adam=Adam, ranger=ranger, lamb=Lamb, adamw=partial(OptimWrapper, opt=torch.optim.AdamW))
-contexts_tried = ('local', 'global')
+contexts_tried = {'local': lambda: SparsifyCallback(target, context='local'), 'global': lambda: SparsifyCallback(target, context='global'), 'straight': lambda: StraightThrough(target, 'global')}
 axes = (ways, companions, optimizers, contexts_tried)
 
 def pairwise(axes):
@@ -91,12 +91,12 @@ def test_lifecycle(tmp_path, way, companion, opt, context):
     model,keys,cbs,metrics = learn.model,list(learn.model.state_dict()),[type(c) for c in learn.cbs],list(learn.metrics)
     with warnings.catch_warnings(record=True) as told, learn.no_bar(), learn.no_logging():
         warnings.simplefilter('always')
-        ways[way](learn, lambda: [SparsifyCallback(target, 'weight', context), Watch(), *companions[companion]()])
+        ways[way](learn, lambda: [contexts_tried[context](), Watch(), *companions[companion]()])
     told = ' '.join(str(w.message) for w in told)
     got = measured_sparsity(model)
     frozen = [n for n,m in find_layers(model).items() if not m.weight.requires_grad]
     n,zeros = sum(r[2] for r in got.rows if r[0] not in frozen), sum(r[3] for r in got.rows if r[0] not in frozen)
-    exact = round(target*n) if context == 'global' else sum(round(target*r[2]) for r in got.rows if r[0] not in frozen)
+    exact = sum(round(target*r[2]) for r in got.rows if r[0] not in frozen) if context == 'local' else round(target*n)
     # the sparsity is exact; where a companion ends the training early or brings an older epoch back, it is that moment's, and it is said
     if companion == 'early_stopping' and zeros != exact: assert 'stopped early' in told and float(got) == pytest.approx(learn.recorder.sparsity_measured[-1][1])
     elif companion == 'save_best' and zeros != exact:

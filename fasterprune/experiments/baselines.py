@@ -209,7 +209,8 @@ def fasterai_callback(
 rivals = dict(
     bimp=_bimp, acdc=_acdc,
     random_erk=Baseline('random masks with ERK shares, from the first step', sched_oneshot, dict(context='erk', criteria=random_score)),
-    dpf=Baseline('straight through: dense weights behind the pruned ones (DPF, Lin et al. 2020)', sched_agp, pruner=partial(StraightThrough, soft=False)),
+    dpf=Baseline('straight through: dense weights behind the pruned ones (DPF, Lin et al. 2020)', sched_agp,
+                 pruner=partial(StraightThrough, soft=False)),
     feather=Baseline('the same, with a soft threshold (ST-3, Feather, 2023)', sched_agp,
                      pruner=StraightThrough),
     rigl=Baseline('sparse from the start, grows by the gradient (RigL, Evci et al. 2020)', sched_oneshot,
