@@ -50,7 +50,7 @@ def test_against_a_loop_in_plain_pytorch(learner, soft):
     dense = [l.weight.detach().clone() for l in convs(net)]
     momentum = {}
     for x,y in batches:
-        for l,d in zip(convs(net), dense): l.weight.data = soft_threshold(d, kept(d, s)) if soft else d*kept(d, s)
+        for l,d in zip(convs(net), dense): l.weight.data = soft_threshold(d*kept(d, s), d) if soft else d*kept(d, s)
         net.zero_grad()
         F.cross_entropy(net.train()(x), y).backward()
         for l,d in zip(convs(net), dense): l.weight.data = d
@@ -63,7 +63,7 @@ def test_against_a_loop_in_plain_pytorch(learner, soft):
         assert int(m.sum()) == m.numel() - round(s*m.numel())
         last = torch.where(m, d, 0.) # the masks are those of the last batch
         if not soft: torch.testing.assert_close(got.weight.data, last, rtol=1e-4, atol=1e-6)
-        else: torch.testing.assert_close(got.weight.data, soft_threshold(d, m), rtol=1e-3, atol=1e-5)
+        else: torch.testing.assert_close(got.weight.data, soft_threshold(last, d), rtol=1e-3, atol=1e-5)
 
 def test_what_everybody_sees_is_pruned(learner):
     learn,seen = learner(),Seen()
@@ -148,9 +148,12 @@ def test_errors():
 def test_soft_threshold():
     w = torch.randn(1000).double()
     mask = w.abs() > 1
-    got = soft_threshold(w, mask)
+    got = soft_threshold(w*mask, w)
     assert torch.equal(got != 0, mask) and bool((got.abs() <= w.abs()).all()) and torch.equal(got.sign(), w.sign()*mask)
     t = w[~mask].abs().max()
     torch.testing.assert_close(got[mask].abs()**3, w[mask].abs()**3 - t**3)
-    half = soft_threshold(w.half(), mask)
-    assert half.dtype == torch.half and torch.equal(half != 0, mask)
+    for dtype in (torch.half, torch.bfloat16):
+        w_ = w.to(dtype)
+        mask = w_.abs() > 1
+        low = soft_threshold(w_*mask, w_)
+        assert low.dtype == dtype and torch.equal(low != 0, mask)
