@@ -125,7 +125,7 @@ def machine():
     return dict(date=str(date.today()), version=fasterprune.__version__, torch=torch.__version__, threads=torch.get_num_threads(), processor=name, floats_a_vector=vector_width(), load=os.getloadavg()[0])
 
 def rows(): return json.loads((here/'rows.json').read_text()) if (here/'rows.json').exists() else []
-def key(r): return r['arch'], r['allocation'], r['sparsity'], r['batch'], r['size'], r['machine']['threads'], r['machine']['floats_a_vector']
+def key(r): return r['arch'], r['allocation'], r['sparsity'], r['batch'], r['size'], *(r['machine'][k] for k in ('threads', 'floats_a_vector', 'processor'))
 def keep(new):
     here.mkdir(parents=True, exist_ok=True)
     kept = [r for r in rows() if key(r) != key(new)] + [new]
@@ -137,7 +137,7 @@ def run(args):
         for arch in args.arch:
             wanted = [('local', s) for s in args.sparsity]
             if arch == 'resnet18' and batch == 1: wanted += [(a, s) for a in ('erk', 'lamp') for s in args.sparsity if s >= .9]
-            todo = [w for w in wanted if (arch, *w, batch, args.size, torch.get_num_threads(), vector_width()) not in there]
+            todo = [w for w in wanted if (arch, *w, batch, args.size, *(machine()[k] for k in ('threads', 'floats_a_vector', 'processor'))) not in there]
             if len(todo) < len(wanted): print(f'{arch}, batch {batch}: {len(wanted) - len(todo)} of {len(wanted)} rows are in {here.name}/rows.json and are kept; --again measures them afresh')
             for r in measure(arch, batch, todo, args) if todo else ():
                 keep(r)
@@ -187,9 +187,9 @@ vectors = {4: 'four floats a vector', 8: 'AVX2: eight floats a vector', 16: 'AVX
 def table(args):
     "One table for each kind of processor, and each number of threads"
     by = {}
-    for r in rows(): by.setdefault((r['machine']['floats_a_vector'], r['machine']['threads']), []).append(r)
+    for r in rows(): by.setdefault((r['machine']['floats_a_vector'], r['machine']['threads'], r['machine']['processor']), []).append(r)
     parts = []
-    for (floats,threads),own in sorted(by.items(), reverse=True):
+    for (floats,threads,_),own in sorted(by.items(), reverse=True):
         names = [n for n in ('PyTorch', 'torch.compile', 'ONNX Runtime', 'OpenVINO', 'fasterprune') if any(n in r['ms'] for r in own)]
         head = ['network, batch', 'weights zero', 'multiplications left', *(f'{n}, ms' for n in names), *(f'times as fast as {n}' for n in names[:-1])]
         dates,m = sorted({r['machine']['date'] for r in own}),own[-1]['machine']

@@ -145,15 +145,19 @@ def _split(step):
 # %% ../nbs/15a_kernels.ipynb #c4a10002
 @patch
 def wait(self:_Code, counter, enough):
-    "Let others run until the counter says enough"
+    "Look at the counter until it says enough; at each 4,096th look let others run"
     let_run = ir.Function(self.module, ir.FunctionType(self.i32, []), 'SwitchToThread' if os.name == 'nt' else 'sched_yield')
-    again,end = self.b.append_basic_block(),self.b.append_basic_block()
-    self.b.branch(again)
-    self.b.position_at_end(again)
-    short = self.b.icmp_signed('<', self.b.load_atomic(counter, 'seq_cst', 8, typ=self.i64), enough)
-    with self.b.if_then(short): self.b.call(let_run, [])
-    self.b.cbranch(short, again, end)
-    self.b.position_at_end(end)
+    b = self.b
+    before,again,end = b.block,b.append_basic_block(),b.append_basic_block()
+    b.branch(again)
+    b.position_at_end(again)
+    looks = b.phi(self.i64)
+    looks.add_incoming(self.int(1), before)
+    short = b.icmp_signed('<', b.load_atomic(counter, 'seq_cst', 8, typ=self.i64), enough)
+    with b.if_then(self.equal(b.and_(looks, self.int(4095)), 0)): b.call(let_run, [])
+    looks.add_incoming(self.sum(looks, 1), b.block)
+    b.cbranch(short, again, end)
+    b.position_at_end(end)
 
 # %% ../nbs/15a_kernels.ipynb #c4a10003
 def _chain():
