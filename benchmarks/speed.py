@@ -19,7 +19,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import sched_lin
 from torch.utils.data import TensorDataset
 import fasterprune
-from fasterprune.all import SparsifyCallback, sched_onecycle, Sparsifier
+from fasterprune.all import SparsifyCallback, Sparsifier, StraightThrough, sched_onecycle
 
 def convs(m): return [x for x in m.modules() if isinstance(x, nn.Conv2d)]
 
@@ -63,6 +63,7 @@ def contestants(schedule, min_change, only=None):
     kw = dict(schedule=schedule) if min_change is None else dict(schedule=schedule, min_change=min_change)
     res = {'dense': lambda: []}
     for c in ('lamp', 'local', 'global'): res[f'fasterprune {c}'] = lambda c=c: [SparsifyCallback(.95, context=c, **kw)]
+    if min_change == 0: res['fasterprune StraightThrough'] = lambda: [StraightThrough(.95, schedule=schedule)]
     if min_change is None: res['fasterprune, all defaults'] = lambda: [SparsifyCallback(.95)]
     try:
         from oldprune.callback import SparsifyCallback as Old
@@ -134,6 +135,7 @@ def state_bytes(d):
         sp = getattr(cb, 'sparsifier', None)
         if isinstance(sp, Sparsifier):
             extra += sum(g.mask.nbytes for g in sp.groups if g.mask is not None) + sum(t.nbytes for l in sp.layers for t in l.state.values())
+            extra += sum(d.nbytes for d in (getattr(cb, '_dense', None) or {}).values())
     return extra/n
 
 failed = {}
