@@ -22,7 +22,7 @@ def soft_threshold(
     pruned:Tensor, # Weights, zero where they are pruned
     dense:Tensor, # The same without zeros
 ) -> Tensor: # Zero where `pruned` is, and nowhere else
-    "`sign(w)·(|w|³ - t³)^(1/3)` where kept; t is the largest `|w|` pruned (ST-3, Vanderschueren & De Vleeschouwer 2023, arXiv 2212.06643)."
+    "`sign(w)·(|w|³ - t³)^(1/3)` where kept; t is the largest `|w|` pruned (Feather, Glentis Georgoulakis et al. 2023, arXiv 2310.02448)."
     w,least = in_single(pruned),max(1e-30, torch.finfo(dense.dtype).tiny**3)
     t = (in_single(dense) - w).abs_().amax() # nothing but what is pruned is left of the difference
     cubes = (w.abs()**3).sub_(t**3).clamp_(min=least)
