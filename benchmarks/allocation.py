@@ -7,7 +7,8 @@
 
 The small residual network of `fasterprune.experiments` on 6,000 photographs of CIFAR-10 at 16×16 pixels, 8 epochs of the one-cycle
 policy, accuracy after the last epoch on all 10,000 test photographs. For a seed, every way starts from the same weights and sees the
-same batches. `ours` is `by_multiplications` with half of the multiplications that LAMP leaves at the same sparsity; `filters` cuts whole
+same batches. `ours` is `by_multiplications` with half of the multiplications that LAMP leaves at the same sparsity, and `straight` the same with
+`StraightThrough`; `filters` cuts whole
 filters, coupled, out of the network, which PyTorch and the engine then run as a smaller dense one. Each training leaves its weights in
 a sparse file under --nets, from which `time` measures: all networks in turn, in random order, least processor time of one thread.
 """
@@ -26,14 +27,15 @@ from fasterprune.engine import fast_cpu
 from fasterprune.kernels import vector_width
 from fasterprune.sparsifier import Sparsifier
 from fasterprune.sparsity import measured_sparsity
+from fasterprune.straight import StraightThrough
 from fasterprune.storage import load_sparse, save_sparse
 from fasterprune.surgery import shrink
 
 here = Path(__file__).parent/'results/allocation'
 size,images,epochs = 16,6000,8
-wanted = [('lamp', .95), ('ours', .95), ('local', .95), ('erk', .95), ('filters', .5), ('dense', 0.),
+wanted = [('lamp', .95), ('ours', .95), ('straight', .95), ('local', .95), ('erk', .95), ('filters', .5), ('dense', 0.),
     *((way, s) for s in (.9, .98) for way in ('lamp', 'ours', 'local', 'erk')), ('filters', .7)]
-labels = dict(local='local', erk='ERK', lamp='LAMP', ours='by_multiplications', filters='filters cut', dense='dense')
+labels = dict(local='local', erk='ERK', lamp='LAMP', ours='by_multiplications', straight='by_multiplications, StraightThrough', filters='filters cut', dense='dense')
 
 def network(seed):
     set_seed(seed, reproducible=True)
@@ -51,8 +53,8 @@ def pruning(way, sparsity, model, sample):
     "The callbacks of a way"
     if way == 'dense': return []
     if way == 'filters': return [SparsifyCallback(sparsity, 'filter', coupled=True)]
-    if way != 'ours': return [SparsifyCallback(sparsity, context=way)]
-    return [SparsifyCallback(sparsity, context=by_multiplications(model, sample, sparsity))]
+    if way not in ('ours', 'straight'): return [SparsifyCallback(sparsity, context=way)]
+    return [dict(ours=SparsifyCallback, straight=StraightThrough)[way](sparsity, context=by_multiplications(model, sample, sparsity))]
 
 def train(dls, way, sparsity, seed, nets):
     model,sample = network(seed),torch.randn(1, 3, size, size)
@@ -104,7 +106,7 @@ def fast_networks(args, batch):
     "From key to the engine's network, of those whose weights are at hand"
     nets = {}
     for r in rows():
-        if not (args.nets/r['file']).exists(): print(f"without {r['file']}: no such file in --nets; train it with --again"); continue
+        if not (args.nets/r.get('file', '-')).exists(): print(f"without {key(r)}: its file is not in --nets; train it with --again"); continue
         model = load_sparse(args.nets/r['file'], network(0)).eval()
         nets[key(r)] = fast_cpu(model, torch.randn(batch, 3, size, size))
     return nets
@@ -149,9 +151,10 @@ def table(by):
     yield '|---' + '|---:'*7 + '|'
     for way in labels:
         for s,rs in sorted(by[way].items()):
-            ms = [f"{mean(rs, lambda r: r['ms'][n]):.2f}" if all('ms' in r for r in rs) else '' for n in ('fast 1', 'fast 16', 'eager 16')]
+            timed,stored = ([r for r in rs if k in r] for k in ('ms', 'bytes'))
+            ms = [f"{mean(timed, lambda r: r['ms'][n]):.2f}" if timed else '' for n in ('fast 1', 'fast 16', 'eager 16')]
             zero = f'{s:.0%} of the filters' if way == 'filters' else f"{s:.0%}"
-            cells = labels[way],zero,spread([100*r['accuracy'] for r in rs]),f"{mean(rs, lambda r: r['left']):.1%}",*ms,f"{mean(rs, lambda r: r['bytes']):,.0f}"
+            cells = labels[way],zero,spread([100*r['accuracy'] for r in rs]),f"{mean(rs, lambda r: r['left']):.1%}",*ms,f"{mean(stored, lambda r: r['bytes']):,.0f}" if stored else ''
             yield '| ' + ' | '.join(cells) + ' |'
 
 def paired(by, a, b, sparsity):
@@ -161,10 +164,11 @@ def paired(by, a, b, sparsity):
     return f'{np.mean(d):+.2f} ± {np.std(d, ddof=1):.2f} points over {len(d)} seeds' if len(d) > 1 else f'{np.mean(d):+.2f} points, one seed'
 
 def footer(by):
-    r = rows()[-1]
+    r = [r for r in rows() if 'ms' in r][-1]
     lamp,ours = (mean(by[w][.95], lambda r: r['left']) for w in ('lamp', 'ours'))
     vectors = f"{r.get('floats_a_vector')} floats a vector"
     yield f"At 95 %, by_multiplications against LAMP, seed by seed: {paired(by, 'ours', 'lamp', .95)}, with {ours/lamp:.2f} times the multiplications."
+    if by['straight']: yield f"The same with StraightThrough, against LAMP with SparsifyCallback: {paired(by, 'straight', 'lamp', .95)}."
     yield ''
     yield (f"*{images:,} photographs of CIFAR-10 at {size}×{size} pixels, {epochs} epochs, accuracy after the last epoch on 10,000 (`benchmarks/allocation.py`); least processor time of interleaved "
            f"rounds with other work running beside them, one thread of a 2-core x86-64 server without a GPU, {vectors}, {r['date']}, torch {r['torch']}.*")
@@ -173,8 +177,9 @@ def draw(by, file):
     import matplotlib.pyplot as plt
     fig,axes = plt.subplots(1, 2, figsize=(9.5, 4), layout='constrained', sharey=True)
     for ax,x,label in zip(axes, (lambda r: 100*r['left'], lambda r: r['ms']['fast 16']), ('multiplications left (%)', 'milliseconds for 16 pictures, with fast_cpu')):
-        for i,way in enumerate(w for w in labels if w in by):
-            points = sorted((mean(rs, x), mean(rs, lambda r: 100*r['accuracy']), s) for s,rs in by[way].items())
+        for i,way in enumerate(w for w in labels if any('ms' in r for rs in by[w].values() for r in rs)):
+            found = {s: [r for r in rs if 'ms' in r] for s,rs in by[way].items()}
+            points = sorted((mean(rs, x), mean(rs, lambda r: 100*r['accuracy']), s) for s,rs in found.items() if rs)
             at,acc,_ = zip(*points)
             ax.plot(at, acc, 'os^Dv*'[i] + '-', color=f'C{i}', ms=6, label=labels[way])
             for a,b,s in points: ax.annotate(f'{s:.0%}' if s else '', (a, b), textcoords='offset points', xytext=(5, -9), fontsize=7, color=f'C{i}')
@@ -195,7 +200,7 @@ def run_draw(args):
     text = '\n'.join([*table(by), '', *footer(by)]) + '\n'
     (here/'allocation.md').write_text(text)
     print(text)
-    if all('ms' in r for r in rows()): draw(by, here/'allocation.png')
+    if any('ms' in r for r in rows()): draw(by, here/'allocation.png')
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
