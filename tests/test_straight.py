@@ -134,6 +134,17 @@ def test_a_second_fit_and_frozen_layers(learner):
     assert zeros.layers['6'] == pytest.approx(.8, abs=.01) and not torch.equal(first, learn.model[0].weight)
     assert cb._dense is None # the copy is gone
 
+@pytest.mark.fault
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
+def test_a_criterion_that_fails_in_the_middle(learner, error):
+    learn,calls = learner(),[]
+    def failing(weight):
+        calls.append(1)
+        if len(calls) > 20: raise error('no more')
+        return weight.abs()
+    with pytest.raises(error): fit(learn, 2, cbs=StraightThrough(.75, 'local', failing, schedule=flat))
+    assert [int((l.weight == 0).sum()) for l in convs(learn.model)] == [round(.75*l.weight.numel()) for l in convs(learn.model)]
+
 def test_criteria_that_look_at_gradients(learner):
     learn = learner()
     fit(learn, 2, cbs=[StraightThrough(.7, 'global', taylor), GradientClip(.1), Watch()])
