@@ -57,7 +57,7 @@ class StraightThrough(SparsifyCallback):
 def _prune_to(self:StraightThrough, s, groups, **kwargs):
     prune = super(StraightThrough, self)._prune_to
     if self._dense is None: return prune(s, groups, **kwargs) # the end
-    for l in [l for g in groups for l in g.layers]: self._dense.setdefault(l, l.weight.clone())
+    for l in [l for g in groups for l in g.layers if l not in self._dense]: self._dense[l] = l.weight.clone()
     self._put_dense()
     prune(s, groups, anew=True, **kwargs)
     self._inside = False
