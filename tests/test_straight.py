@@ -145,6 +145,16 @@ def test_a_criterion_that_fails_in_the_middle(learner, error):
     with pytest.raises(error): fit(learn, 2, cbs=StraightThrough(.75, 'local', failing, schedule=flat))
     assert [int((l.weight == 0).sum()) for l in convs(learn.model)] == [round(.75*l.weight.numel()) for l in convs(learn.model)]
 
+def test_the_weights_are_copied_once(learner, monkeypatch):
+    learn,copied,real = learner(),[],torch.Tensor.clone
+    weights = {l.weight.untyped_storage().data_ptr() for l in convs(learn.model)}
+    def clone(t, *args, **kwargs):
+        if t.untyped_storage().data_ptr() in weights: copied.append(t)
+        return real(t, *args, **kwargs)
+    monkeypatch.setattr(torch.Tensor, 'clone', clone)
+    fit(learn, 2, cbs=StraightThrough(.75))
+    assert len(copied) == len(weights)
+
 def test_criteria_that_look_at_gradients(learner):
     learn = learner()
     fit(learn, 2, cbs=[StraightThrough(.7, 'global', taylor), GradientClip(.1), Watch()])
