@@ -84,13 +84,14 @@ def contestants(schedule, min_change, only=None):
 class Driver:
     "A Learner whose training loop is stepped by hand"
     def __init__(self, model, cbs, n_steps, dev, amp=None):
-        ds = TensorDataset(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))
+        n = 2*max(n_steps, 1000) # an epoch of ordinary length
+        ds = TensorDataset(torch.zeros(1, 3, 8, 8).expand(n, -1, -1, -1), torch.zeros(n, dtype=torch.long))
         self.learn = Learner(DataLoaders.from_dsets(ds, ds, bs=2, num_workers=0, device=dev), model.to(dev), loss_func=CrossEntropyLossFlat(), cbs=cbs)
         if amp: self.learn.to_bf16()
         l = self.learn
         l.remove_cb(ProgressCallback)
         l.create_opt(); l.opt.set_hypers(lr=1e-3, wd=1e-2)
-        l.n_epoch,l.epoch,l.dl,l.n_iter = 1,0,l.dls.train,max(n_steps, 1000) # an epoch of ordinary length
+        l.n_epoch,l.epoch,l.dl,l.n_iter = 1,0,l.dls.train,len(l.dls.train)
         for e in ('before_fit', 'before_epoch', 'before_train'): l(e)
         self.cuda = torch.device(dev).type == 'cuda'
     def step(self, i, batch, pct):
