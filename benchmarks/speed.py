@@ -64,7 +64,9 @@ def contestants(schedule, min_change, only=None):
     res = {'dense': lambda: []}
     for c in ('lamp', 'local', 'global'): res[f'fasterprune {c}'] = lambda c=c: [SparsifyCallback(.95, context=c, **kw)]
     if min_change == 0: res['fasterprune StraightThrough'] = lambda: [StraightThrough(.95, schedule=schedule)]
-    if min_change is None: res['fasterprune, all defaults'] = lambda: [SparsifyCallback(.95)]
+    if min_change is None:
+        res['fasterprune, all defaults'] = lambda: [SparsifyCallback(.95)]
+        res['fasterprune StraightThrough, all defaults'] = lambda: [StraightThrough(.95)]
     try:
         from oldprune.callback import SparsifyCallback as Old
         from oldprune import __version__ as old
@@ -164,7 +166,7 @@ def part_steps(args):
 def part_run(args):
     "A whole fit_one_cycle with default settings, and with re-selection at every batch beside the peer"
     pcts = np.arange(args.run_steps)/args.run_steps
-    ours = dict(only=['dense', 'fasterprune, all defaults'])
+    ours = dict(only=['dense', 'fasterprune, all defaults', 'fasterprune StraightThrough, all defaults'])
     t,_ = race('resnet18', sched_onecycle, pcts, None, args, warm=0, **ours)
     total = {n: sum(v)/sum(t['dense']) for n,v in t.items() if n != 'dense'}
     n = max(50, args.run_steps//10)

@@ -5,7 +5,7 @@
 # %% ../nbs/10b_straight.ipynb #b10b0002
 from __future__ import annotations
 from typing import Callable
-import torch
+import numpy as np, torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from .callback import SparsifyCallback
@@ -23,10 +23,26 @@ def soft_threshold(
     dense:Tensor, # The same without zeros
 ) -> Tensor: # Zero where `pruned` is, and nowhere else
     "`sign(w)·(|w|³ - t³)^(1/3)` where kept; t is the largest `|w|` pruned (Feather, Glentis Georgoulakis et al. 2023, arXiv 2310.02448)."
-    w,least = in_single(pruned),max(1e-30, torch.finfo(dense.dtype).tiny**3)
-    t = (in_single(dense) - w).abs_().amax() # nothing but what is pruned is left of the difference
+    return _shrunk(pruned, _largest_pruned(pruned, dense))
+
+def _largest_pruned(pruned, dense): return (in_single(dense) - in_single(pruned)).abs_().amax() # of the difference, nothing else is left
+
+def _shrunk(pruned, t):
+    w,least = in_single(pruned),max(1e-30, torch.finfo(pruned.dtype).tiny**3)
     cubes = (w.abs()**3).sub_(t**3).clamp_(min=least)
-    return cubes.log_().div_(3).exp_().mul_(w.sign()).to(dense.dtype) # PyTorch's power is ten times slower
+    return cubes.log_().div_(3).exp_().mul_(w.sign()).to(pruned.dtype) # PyTorch's power is ten times slower
+
+# %% ../nbs/10b_straight.ipynb #b10d026f
+_slice = 1<<17 # weights: 512 KB of float32
+
+def _soften(layer, dense, group):
+    "`soft_threshold`, written into the weight of a pruned layer of `group`"
+    w,row,d = layer.weight,layer.flat(layer.weight),layer.flat(dense)
+    is_view,sparse = row.data_ptr() == w.data_ptr(),2*group.n_pruned > group.n
+    if w.device.type != 'cpu' or not (sparse and is_view): return w.copy_(soft_threshold(w, dense))
+    t = max(map(_largest_pruned, row.split(_slice), d.split(_slice)))
+    kept = torch.from_numpy(np.flatnonzero(group.mask.numpy()))
+    return row.index_copy_(0, kept, _shrunk(row.index_select(0, kept), t))
 
 # %% ../nbs/10b_straight.ipynb #b10b0010
 class StraightThrough(SparsifyCallback):
@@ -71,9 +87,8 @@ def _put_dense(self:StraightThrough):
 @patch
 def _soften(self:StraightThrough):
     if not self.soft: return
-    pruned = {l for g in self.sparsifier.groups for l in g.layers if g.n_pruned}
-    for l,d in self._dense.items():
-        if l in pruned: l.weight.copy_(soft_threshold(l.weight, d))
+    for g in self.sparsifier.groups:
+        for l in [l for l in g.layers if g.n_pruned and l in self._dense]: _soften(l, self._dense[l], g)
 
 # %% ../nbs/10b_straight.ipynb #b10b0014
 @patch
