@@ -15,6 +15,7 @@ a sparse file under --nets, from which `time` measures: all networks in turn, in
 import argparse, json, math, os, random, tempfile, time, warnings
 from collections import defaultdict
 from datetime import date
+from functools import partial
 from pathlib import Path
 warnings.filterwarnings('ignore')
 import numpy as np, torch
@@ -54,7 +55,7 @@ def pruning(way, sparsity, model, sample):
     if way == 'dense': return []
     if way == 'filters': return [SparsifyCallback(sparsity, 'filter', coupled=True)]
     if way not in ('ours', 'straight'): return [SparsifyCallback(sparsity, context=way)]
-    return [dict(ours=SparsifyCallback, straight=StraightThrough)[way](sparsity, context=by_multiplications(model, sample, sparsity))]
+    return [dict(ours=SparsifyCallback, straight=partial(StraightThrough, every=1))[way](sparsity, context=by_multiplications(model, sample, sparsity))]
 
 def train(dls, way, sparsity, seed, nets):
     model,sample = network(seed),torch.randn(1, 3, size, size)

@@ -50,6 +50,10 @@ class Member:
     ):
         "Set the entries of the pruned blocks to zero."
         self._zero_(self.tensor.detach(), mask)
+        self.seen()
+
+    def seen(self):
+        "What is in the tensor now is as it should be."
         self._stamp = self._now()
 
     def zero_grad_(self,
@@ -59,7 +63,7 @@ class Member:
         if self.tensor.grad is not None: self._zero_(self.tensor.grad, mask)
 
     @property
-    def moved(self) -> bool: # Was the tensor replaced or written to since `zero_`?
+    def moved(self) -> bool: # Was the tensor replaced or written to since `seen`?
         return self._stamp != self._now()
 
     def _now(self): return id(self.tensor), self.tensor.untyped_storage()._cdata, self.tensor._version

@@ -19,30 +19,25 @@ __all__ = ['soft_threshold', 'StraightThrough']
 
 # %% ../nbs/10b_straight.ipynb #b10b0006
 def soft_threshold(
-    pruned:Tensor, # Weights, zero where they are pruned
-    dense:Tensor, # The same without zeros
-) -> Tensor: # Zero where `pruned` is, and nowhere else
-    "`sign(w)·(|w|³ - t³)^(1/3)` where kept; t is the largest `|w|` pruned (Feather, Glentis Georgoulakis et al. 2023, arXiv 2310.02448)."
-    return _shrunk(pruned, _largest_pruned(pruned, dense))
-
-def _largest_pruned(pruned, dense): return (in_single(dense) - in_single(pruned)).abs_().amax() # of the difference, nothing else is left
-
-def _shrunk(pruned, t):
-    w,least = in_single(pruned),max(1e-30, torch.finfo(pruned.dtype).tiny**3)
+    weights:Tensor, # Weights that are kept, or 0
+    t:Tensor|float, # Threshold ≥ 0
+) -> Tensor: # Zero where `weights` are, and nowhere else: what is below the threshold is nearly zero
+    "`sign(w)·(|w|³ - t³)^(1/3)`, as in Feather (Glentis Georgoulakis et al. 2023, arXiv 2310.02448)."
+    w,least = in_single(weights),max(1e-30, torch.finfo(weights.dtype).tiny**3)
     cubes = (w.abs()**3).sub_(t**3).clamp_(min=least)
-    return cubes.log_().div_(3).exp_().mul_(w.sign()).to(pruned.dtype) # PyTorch's power is ten times slower
+    return cubes.log_().div_(3).exp_().mul_(w.sign()).to(weights.dtype) # PyTorch's power is ten times slower
 
 # %% ../nbs/10b_straight.ipynb #b10d026f
-_slice = 1<<17 # weights: 512 KB of float32
+def _soften(layer, t, group):
+    "`soft_threshold`, written into the weight of a layer of `group` that is pruned"
+    w,row = layer.weight,layer.flat(layer.weight)
+    if w.device.type != 'cpu' or row.data_ptr() != w.data_ptr() or 2*group.n_pruned < group.n: w.copy_(soft_threshold(w, t))
+    else:
+        kept = torch.from_numpy(np.flatnonzero(group.mask.numpy()))
+        row.index_copy_(0, kept, soft_threshold(row.index_select(0, kept), t))
+    layer.seen()
 
-def _soften(layer, dense, group):
-    "`soft_threshold`, written into the weight of a pruned layer of `group`"
-    w,row,d = layer.weight,layer.flat(layer.weight),layer.flat(dense)
-    is_view,sparse = row.data_ptr() == w.data_ptr(),2*group.n_pruned > group.n
-    if w.device.type != 'cpu' or not (sparse and is_view): return w.copy_(soft_threshold(w, dense))
-    t = max(map(_largest_pruned, row.split(_slice), d.split(_slice)))
-    kept = torch.from_numpy(np.flatnonzero(group.mask.numpy()))
-    return row.index_copy_(0, kept, _shrunk(row.index_select(0, kept), t))
+def _largest_pruned(layer, dense): return (in_single(dense) - in_single(layer.weight)).abs_().amax() # nothing else is left of the difference
 
 # %% ../nbs/10b_straight.ipynb #b10b0010
 class StraightThrough(SparsifyCallback):
@@ -56,17 +51,19 @@ class StraightThrough(SparsifyCallback):
         schedule:Callable=sched_between(sched_agp, 0, .8), # Function `(start, end, pos) -> sparsity`
         layers=nn.Conv2d, # As for `SparsifyCallback`
         exclude=(), # As for `SparsifyCallback`
+        every:int=16, # Batches from one selection to the next, at most
         soft:bool=True, # Do kept weights shrink towards the threshold (`soft_threshold`)?
     ):
         super().__init__(sparsity, context=context, criteria=criteria, schedule=schedule, layers=layers, exclude=exclude,
-                         regrow=True, min_change=0.)
-        self.soft = soft
+                         regrow=True)
+        if not every >= 1: raise ValueError(f"every got {every}; it is the number of batches from one selection to the next, at least 1")
+        self.every,self.soft = every,soft
 
     def _begin(self, model):
-        self._dense,self._inside = {},False
+        self._dense,self._thresholds,self._inside = {},{},False
         return super()._begin(model)
 
-    def _due(self, s): return True
+    def _due(self, s): return self.learn.iter % self.every == 0 or super()._due(s)
 
 # %% ../nbs/10b_straight.ipynb #b10b0012
 @patch
@@ -77,6 +74,7 @@ def _prune_to(self:StraightThrough, s, groups, **kwargs):
     self._put_dense()
     prune(s, groups, anew=True, **kwargs)
     self._inside = False
+    self._thresholds = {l: _largest_pruned(l, d) for l,d in self._dense.items()}
     self._soften()
 
 @patch
@@ -88,7 +86,7 @@ def _put_dense(self:StraightThrough):
 def _soften(self:StraightThrough):
     if not self.soft: return
     for g in self.sparsifier.groups:
-        for l in [l for l in g.layers if g.n_pruned and l in self._dense]: _soften(l, self._dense[l], g)
+        for l in [l for l in g.layers if g.n_pruned and l in self._thresholds]: _soften(l, self._thresholds[l], g)
 
 # %% ../nbs/10b_straight.ipynb #b10b0014
 @patch

@@ -38,19 +38,23 @@ def kept(dense, s):
     return mask.view_as(dense)
 
 @pytest.mark.parametrize('soft', [True, False])
-def test_against_a_loop_in_plain_pytorch(learner, soft):
+@pytest.mark.parametrize('every', [1, 3])
+def test_against_a_loop_in_plain_pytorch(learner, soft, every):
     learn = learner(opt_func=partial(SGD, mom=.9))
     net,s = copy.deepcopy(learn.model),.6
     batches = []
     class Keep(Callback):
         order = 100
-        def before_batch(self): batches.append((self.x.clone(), self.y.clone())) if self.training else None
-    fit(learn, 2, .05, how='fit', cbs=[StraightThrough(s, 'local', schedule=flat, soft=soft), Keep()])
+        def before_batch(self): batches.append((self.iter, self.x.clone(), self.y.clone())) if self.training else None
+    fit(learn, 2, .05, how='fit', cbs=[StraightThrough(s, 'local', schedule=flat, every=every, soft=soft), Keep()])
 
     dense = [l.weight.detach().clone() for l in convs(net)]
     momentum = {}
-    for x,y in batches:
-        for l,d in zip(convs(net), dense): l.weight.data = soft_threshold(d*kept(d, s), d) if soft else d*kept(d, s)
+    for i,x,y in batches:
+        if i % every == 0:
+            masks = [kept(d, s) for d in dense]
+            ts = [d[~m].abs().max() for d,m in zip(dense, masks)]
+        for l,d,m,t in zip(convs(net), dense, masks, ts): l.weight.data = soft_threshold(d*m, t) if soft else d*m
         net.zero_grad()
         F.cross_entropy(net.train()(x), y).backward()
         for l,d in zip(convs(net), dense): l.weight.data = d
@@ -58,12 +62,10 @@ def test_against_a_loop_in_plain_pytorch(learner, soft):
             momentum[p] = .9*momentum.get(p, 0) + p.grad
             p.data = p.data - .05*momentum[p]
         dense = [l.weight.data for l in convs(net)]
-    for l,d,got in zip(convs(net), dense, convs(learn.model)):
-        m = got.weight != 0
-        assert int(m.sum()) == m.numel() - round(s*m.numel())
-        last = torch.where(m, d, 0.) # the masks are those of the last batch
-        if not soft: torch.testing.assert_close(got.weight.data, last, rtol=1e-4, atol=1e-6)
-        else: torch.testing.assert_close(got.weight.data, soft_threshold(last, d), rtol=1e-3, atol=1e-5)
+    for d,m,t,got in zip(dense, masks, ts, convs(learn.model)):
+        assert torch.equal(got.weight != 0, m) and int(m.sum()) == m.numel() - round(s*m.numel())
+        if not soft: torch.testing.assert_close(got.weight.data, d*m, rtol=1e-4, atol=1e-6)
+        else: torch.testing.assert_close(got.weight.data, soft_threshold(d*m, t), rtol=1e-3, atol=1e-5)
 
 def test_what_everybody_sees_is_pruned(learner):
     learn,seen = learner(),Seen()
@@ -142,7 +144,7 @@ def test_a_criterion_that_fails_in_the_middle(learner, error):
         calls.append(1)
         if len(calls) > 20: raise error('no more')
         return weight.abs()
-    with pytest.raises(error): fit(learn, 2, cbs=StraightThrough(.75, 'local', failing, schedule=flat))
+    with pytest.raises(error): fit(learn, 2, cbs=StraightThrough(.75, 'local', failing, schedule=flat, every=1))
     assert [int((l.weight == 0).sum()) for l in convs(learn.model)] == [round(.75*l.weight.numel()) for l in convs(learn.model)]
 
 def test_the_weights_are_copied_once(learner, monkeypatch):
@@ -164,17 +166,40 @@ def test_criteria_that_look_at_gradients(learner):
 def test_errors():
     with pytest.raises(ValueError, match='sparsity'): StraightThrough(1.5)
     with pytest.raises(ValueError, match='context'): StraightThrough(.5, 'lamb')
+    with pytest.raises(ValueError, match='every got 0'): StraightThrough(.5, every=0)
     with pytest.raises(TypeError, match='granularity'): StraightThrough(.5, granularity='filter')
 
 def test_soft_threshold():
     w = torch.randn(1000).double()
     mask = w.abs() > 1
-    got = soft_threshold(w*mask, w)
-    assert torch.equal(got != 0, mask) and bool((got.abs() <= w.abs()).all()) and torch.equal(got.sign(), w.sign()*mask)
     t = w[~mask].abs().max()
+    got = soft_threshold(w*mask, t)
+    assert torch.equal(got != 0, mask) and bool((got.abs() <= w.abs()).all()) and torch.equal(got.sign(), w.sign()*mask)
     torch.testing.assert_close(got[mask].abs()**3, w[mask].abs()**3 - t**3)
+    assert torch.equal(soft_threshold(w, 10.).sign(), w.sign()) # what is below the threshold is small, and not zero
     for dtype in (torch.half, torch.bfloat16):
-        w_ = w.to(dtype)
-        mask = w_.abs() > 1
-        low = soft_threshold(w_*mask, w_)
-        assert low.dtype == dtype and torch.equal(low != 0, mask)
+        low = (w*mask).to(dtype)
+        assert soft_threshold(low, t).dtype == dtype and torch.equal(soft_threshold(low, t) != 0, low != 0)
+
+@pytest.mark.situation
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'every second'])
+@pytest.mark.parametrize('s', [.3, .9])
+def test_the_layout_of_the_weights_changes_nothing(learner, layout, s):
+    "Few kept weights are softened in another way than many"
+    learn,other = learner(),learner()
+    for l in convs(other.model):
+        if layout == 'channels_last': l.to(memory_format=torch.channels_last)
+        elif layout == 'every second':
+            wide = torch.zeros(*l.weight.shape[:3], 2*l.weight.shape[3])
+            wide[..., ::2] = l.weight.detach()
+            l.weight.data = wide[..., ::2]
+    for l in (learn, other): fit(l, 1, cbs=StraightThrough(s, 'local', schedule=flat))
+    for a,b in zip(convs(learn.model), convs(other.model)): torch.testing.assert_close(a.weight, b.weight, rtol=1e-2, atol=1e-4)
+
+@pytest.mark.parametrize('schedule', [flat, lambda start, end, pos: end*pos])
+def test_selections_are_made_every_so_many_batches(learner, schedule, monkeypatch):
+    learn,made,real = learner(),[],Sparsifier.update
+    monkeypatch.setattr(Sparsifier, 'update', lambda *args, **kwargs: made.append(kwargs.get('anew')) or real(*args, **kwargs))
+    fit(learn, 1, cbs=StraightThrough(.9, schedule=schedule, every=4))
+    n = len(learn.dls.train)
+    assert made.count(True) == (-(-n//4) if schedule is flat else n) # a schedule that moves fast is followed
