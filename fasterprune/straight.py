@@ -28,13 +28,13 @@ def soft_threshold(
     return cubes.log_().div_(3).exp_().mul_(w.sign()).to(weights.dtype) # PyTorch's power is ten times slower
 
 # %% ../nbs/10b_straight.ipynb #b10d026f
-def _soften(layer, t, group):
+def _soften_layer(layer, t, group):
     "`soft_threshold`, written into the weight of a layer of `group` that is pruned"
-    w,row = layer.weight,layer.flat(layer.weight)
-    if w.device.type != 'cpu' or row.data_ptr() != w.data_ptr() or 2*group.n_pruned < group.n: w.copy_(soft_threshold(w, t))
-    else:
+    w,row = layer.weight,layer.flat(layer.weight) # a view where the weight is dense in memory
+    if w.device.type == 'cpu' and row.data_ptr() == w.data_ptr() and 2*group.n_pruned >= group.n:
         kept = torch.from_numpy(np.flatnonzero(group.mask.numpy()))
         row.index_copy_(0, kept, soft_threshold(row.index_select(0, kept), t))
+    else: w.copy_(soft_threshold(w, t))
     layer.seen()
 
 def _largest_pruned(layer, dense): return (in_single(dense) - in_single(layer.weight)).abs_().amax() # nothing else is left of the difference
@@ -86,7 +86,7 @@ def _put_dense(self:StraightThrough):
 def _soften(self:StraightThrough):
     if not self.soft: return
     for g in self.sparsifier.groups:
-        for l in [l for l in g.layers if g.n_pruned and l in self._thresholds]: _soften(l, self._thresholds[l], g)
+        for l in [l for l in g.layers if g.n_pruned and l in self._thresholds]: _soften_layer(l, self._thresholds[l], g)
 
 # %% ../nbs/10b_straight.ipynb #b10b0014
 @patch
