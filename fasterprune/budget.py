@@ -84,6 +84,7 @@ def _tell_dense(self:Budget):
 def budget(self:Budget,
     sparsity:float|dict, # Fraction of the blocks to be zero, in [0, 1), or a dict from layer name to such fractions
     groups:list|None=None, # The groups that take part; all if None
+    held:list=(), # Those of them that stay as they are
 ) -> list: # Pairs (groups among which one threshold decides, how many of their blocks are to be pruned in all)
     "How many blocks are pruned, from which groups."
     sparsity = self._check(sparsity)
@@ -91,7 +92,15 @@ def budget(self:Budget,
     self._tell_dense()
     if one_threshold(self._share) and groups: asked = [(groups, round(sparsity*sum(g.n for g in groups)))]
     else: asked = self._shares(sparsity, groups)
-    return [(gs, self._cap(gs, k)) for gs,k in asked]
+    asked = [_without(held, gs, k, sparsity) for gs,k in asked]
+    return [(gs, self._cap(gs, k)) for gs,k in asked if gs]
+
+def _without(held, groups, k, sparsity):
+    "The rest makes up for held groups that have lost more than their part, but not for those that lag behind: they catch up later"
+    rest = [g for g in groups if g not in held]
+    if rest and len(rest) < len(groups):
+        k = min(k - sum(g.n_pruned for g in groups if g in held), round(sparsity*sum(g.n for g in rest)))
+    return rest, max(0, k)
 
 @patch
 def _check(self:Budget, sparsity):

@@ -184,7 +184,8 @@ def _due(self:SparsifyCallback, s):
 def _prune_to(self:SparsifyCallback, s, groups, **kwargs):
     sp = self.sparsifier
     if 'grad' in sp.wants and not any('grad' in l.state for g in groups for l in g.layers): return # after the first backward pass
-    if sp.update(s, self.learn.xb, groups, **kwargs) or not self._record.sparsity_measured: self._count()
+    trained = [g for g in sp.groups if g in self._trained]
+    if sp.update(s, self.learn.xb, trained, held=[g for g in trained if g not in groups], **kwargs) or not self._record.sparsity_measured: self._count()
     self._last = s
 
 @patch
@@ -243,6 +244,11 @@ def _finish(self:SparsifyCallback):
     self._hold()
     if self._trained and self._last is None: tell(
         "nothing was pruned: no gradient ever reached the criterion (is the accumulation longer than the training?)")
+
+@patch
+def _close(self:SparsifyCallback):
+    super(SparsifyCallback, self)._close()
+    self._last,self._trained = None,[]
 
 def _reloads(cb): return isinstance(cb, SaveModelCallback) and not cb.every_epoch and not getattr(cb, 'at_end', False)
 

@@ -5,7 +5,7 @@
 # %% ../nbs/09a_events.ipynb #53558fc1
 from __future__ import annotations
 from fastcore.basics import patch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Recorder
@@ -43,32 +43,67 @@ class _Last(_Helper):
     def after_cancel_fit(self): self.owner._cancelled()
     def after_fit(self): self.owner._fit_ends()
 
+# %% ../nbs/09a_events.ipynb #e0c1a001
+def _ours(learn): return [cb for cb in learn.cbs if isinstance(cb, ZerosCallback)]
+
+class _Guard:
+    "Runs the epochs of a Learner's fit, and tells our callbacks how they ended"
+    def __init__(self, learn): self.learn = learn
+
+    def __call__(self):
+        aborted = True
+        try:
+            type(self.learn)._do_fit(self.learn)
+            aborted = False
+        except CancelFitException:
+            aborted = False
+            raise
+        finally:
+            for cb in _ours(self.learn): cb._epochs_over(aborted)
+
+    @staticmethod
+    def install(learn):
+        if hasattr(type(learn), '_do_fit'): vars(learn).setdefault('_do_fit', _Guard(learn))
+
+    @staticmethod
+    def remove(learn):
+        if isinstance(vars(learn).get('_do_fit'), _Guard): del learn._do_fit
+
 # %% ../nbs/09a_events.ipynb #ccc7355e
 class ZerosCallback(Callback):
     "Keeps the zeros of a `Sparsifier` during a fit; what `SparsifyCallback` and `KeepSparsity` have in common."
     order,run_valid = Recorder.order+1,False
-    sparsifier,_opening,_disturbed,_strangers = None,0,False,True # _opening: how many `before_fit` without a training epoch or an end
+    sparsifier,_fitting,_opening,_disturbed,_strangers = None,False,0,False,True # _opening: how many `before_fit` without a training epoch or an end
 
     @property
     def learn(self): return self.__dict__.get('_learn')
     @learn.setter
     def learn(self, learn):
-        if learn is not None: return self._bind(learn)
-        self._leave()
-        self.__dict__['_learn'] = None
+        if learn is not None: self._bind(learn)
+        elif self.learn is not None: self._leave()
 
     def _leave(self):
         "Removed from a Learner, perhaps by an exception: leave zeros behind, and no helpers"
-        if self.learn is None: return
-        self._hold()
-        self.sparsifier = None
-        self.learn.remove_cbs([cb for cb in self.learn.cbs if isinstance(cb, _Helper) and cb.owner is self])
+        learn = self.learn
+        self._stop()
+        if sum(cb is self for cb in learn.cbs) > 1: return # it was there twice
+        learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, _Helper) and cb.owner is self])
+        if set(_ours(learn)) <= {self}: _Guard.remove(learn)
+        self.__dict__['_learn'] = None
 
     def _bind(self, learn):
         "Work on `learn` from now on; a callback can be on several Learners"
         self.__dict__['_learn'] = learn
         have = [type(cb) for cb in learn.cbs if isinstance(cb, _Helper) and cb.owner is self]
         learn.add_cbs([kind(self) for kind in (_First, _Last) if kind not in have])
+        _Guard.install(learn)
+
+    def _stop(self):
+        "Leave zeros behind, and forget the fit"
+        self._hold()
+        self._close()
+
+    def _close(self): self.sparsifier,self._fitting,self._opening = None,False,0
 
 # %% ../nbs/09a_events.ipynb #ac624734
 @patch
@@ -82,11 +117,18 @@ def before_fit(self:ZerosCallback):
 
 @patch
 def _train_begins(self:ZerosCallback):
-    "The first one after `before_fit` begins a fit"
+    "The first one begins a fit, after `before_fit` or in the middle of one, but not if the callback was switched off"
+    if self._idle() or not (self._fitting or self._opening or self.run): return
+    if self._fitting: self._epoch = max(self._epoch+1, self.learn.epoch) # a validation before the epoch sets the Learner's to zero
+    else: self.sparsifier,self._fitting,self._n_epoch,self._epoch = None,True,self.learn.n_epoch,self.learn.epoch
+    self._opening,self._disturbed,self._measured,self._n_iter = 0,self._epoch != self.learn.epoch,None,len(self.learn.dl)
+
+@patch
+def _epochs_over(self:ZerosCallback, aborted):
+    "After the last epoch; if it was aborted, no event will come"
     if self._idle(): return
-    if self._opening: self.sparsifier,self._opening,self._n_epoch,self._epoch = None,0,self.learn.n_epoch,self.learn.epoch
-    else: self._epoch = max(self._epoch+1, self.learn.epoch) # a validation before the epoch sets the Learner's to zero
-    self._disturbed,self._measured,self._n_iter = self._epoch != self.learn.epoch,None,len(self.learn.dl)
+    self._fitting,self._opening = False,0
+    if aborted: self._stop()
 
 @patch
 def _fit_ends(self:ZerosCallback):
@@ -95,7 +137,7 @@ def _fit_ends(self:ZerosCallback):
         if self.sparsifier is not None: self._add_column()
         return
     if self.sparsifier is not None: self._finish()
-    self.sparsifier = None
+    self._close()
 
 @patch
 def _finish(self:ZerosCallback): self._hold()
@@ -142,6 +184,9 @@ def _step(self:ZerosCallback):
     "Just before the forward pass"
     if self._idle(): return
     if not self.learn.training: return self._before_validate()
+    if not self._fitting: self._train_begins()
+    if not self._fitting: return
+    self._opening = 0 # a validation in a batch may have ended by an error that someone caught
     if self.sparsifier is None: self._start()
     else: self._follow()
     self.sparsifier.apply(moved=not self._strangers)
@@ -190,6 +235,7 @@ def reads_gradients(
     "Does a callback or the optimizer look at more than one gradient at a time?"
     harmless = (GradientAccumulation, MixedPrecision, ZerosCallback, _Helper)
     others = [cb for cb in learn.cbs if not isinstance(cb, harmless)]
+    if any(isinstance(cb, GradientAccumulation) for cb in learn.cbs) and any(map(_is_stranger, others)): return True # between batches, too
     return _looks_at_norms(learn.opt) or any(map(_reads_in_between, others))
 
 # %% ../nbs/09a_events.ipynb #0b28a4e2
@@ -232,7 +278,7 @@ def after_validate(self:ZerosCallback):
 @patch
 def _write_column(self:ZerosCallback):
     recorder = getattr(self.learn, 'recorder', None)
-    if self.sparsifier is None or recorder is None or self._idle() or self._opening: return
+    if self.sparsifier is None or self._idle() or self._opening or self._column not in getattr(recorder, 'metric_names', ()): return
     if self._measured is None: self._measured = float(self.sparsifier.measure())
     missing = recorder.metric_names.index(self._column) - len(recorder.log) # a validation that was cancelled leaves gaps
     if missing > 0: recorder.log += [None]*missing

@@ -91,11 +91,12 @@ def update(self:Sparsifier,
     sample=None, # As in `sparsify`
     groups:list|None=None, # The groups that take part; all if None
     regrow:bool|None=None, # May pruned blocks compete again? As the `Sparsifier` was made if None
+    held:list=(), # Those of the groups that stay as they are
     anew:bool=False, # Select even where as many are pruned as should be? With `regrow`, others may be
 ) -> bool: # Was anything selected?
     "Select and prune, without counting afterwards: what a training loop calls."
     regrow = self.regrow if regrow is None else regrow
-    todo = [(gs, k) for gs,k in self.budget(sparsity, groups) if anew or _changes(gs, k, regrow)]
+    todo = [(gs, k) for gs,k in self.budget(sparsity, groups, held) if anew or _changes(gs, k, regrow)]
     if todo: self._write(todo, self._select(todo, sample, regrow), regrow)
     self.apply(moved=True)
     return bool(todo)

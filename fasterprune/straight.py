@@ -124,6 +124,6 @@ def _last_step(self:StraightThrough):
     super(StraightThrough, self)._last_step()
 
 @patch
-def _finish(self:StraightThrough):
-    super(StraightThrough, self)._finish()
-    self._dense = None
+def _close(self:StraightThrough):
+    super(StraightThrough, self)._close()
+    self._dense,self._thresholds = None,{}
