@@ -5,6 +5,7 @@
 # %% ../nbs/10_callback.ipynb #d217d54e
 from __future__ import annotations
 import math
+from numbers import Real
 from typing import Callable
 from torch import nn
 from fastcore.basics import patch
@@ -14,6 +15,7 @@ from .criteria import magnitude
 from .events import ZerosCallback
 from .granularity import check_granularity, final_sparsity
 from .layers import tell
+from .members import PrunedLayer
 from .names import explain_names
 from .schedules import check_schedule, sched_onecycle_log
 from .sparsifier import Sparsifier
@@ -48,7 +50,9 @@ class SparsifyCallback(ZerosCallback):
         check_schedule(schedule, max(self._targets()), regrow)
         _check_pattern(granularity, self._targets())
         _check_epochs(start_epoch, end_epoch)
-        if not 0 <= min_change < 1: raise ValueError(f"min_change got {min_change}; it is a fraction of the surviving weights, in [0, 1)")
+        if not (isinstance(min_change, Real) and 0 <= min_change < 1):
+            raise ValueError(f"min_change got {min_change!r}; it is a fraction of the surviving weights, in [0, 1)")
+        if not isinstance(regrow, bool): raise TypeError(f"regrow got {regrow!r}; it is True (pruned weights may grow again) or False")
         if isinstance(sparsity, dict): layers,exclude = list(sparsity),()
         self.schedule,self.start_epoch,self.end_epoch,self.min_change = schedule,start_epoch,end_epoch,min_change
         self.how = dict(granularity=granularity, context=context, criteria=criteria, layers=layers, exclude=exclude,
@@ -64,8 +68,9 @@ def _check_pattern(granularity, targets):
     if wrong: raise ValueError(f"granularity {granularity!r} is a pattern with a sparsity of {end:g}; sparsity got {wrong[0]:g}")
 
 def _check_epochs(start, end):
-    if start >= 0 and (end is None or start < end): return
-    raise ValueError(f"start_epoch got {start} and end_epoch {end}; pruning needs 0 <= start_epoch < end_epoch")
+    numbers = isinstance(start, Real) and (end is None or isinstance(end, Real))
+    if numbers and start >= 0 and (end is None or start < end): return
+    raise ValueError(f"start_epoch got {start!r} and end_epoch {end!r}; pruning needs numbers with 0 <= start_epoch < end_epoch")
 
 # %% ../nbs/10_callback.ipynb #40b491cc
 @patch
@@ -277,7 +282,10 @@ class KeepSparsity(ZerosCallback):
     def _begin(self, model):
         sp = Sparsifier(model, **self.how)
         if self.masks is not None: sp.masks = self.masks
+        if not any(map(_has_zero_filters, sp.layers)): return sp
         filters = Sparsifier(model, 'filter', sample=self.learn.xb, coupled=self.coupled, **self.how)
         sp.own = [g for g in filters.groups if g.mask is not None]
         for g in sp.own: g.keep_only_zeros()
         return sp
+
+def _has_zero_filters(layer): return not bool(PrunedLayer(layer.name, layer.module, 'filter').zero_row().all())

@@ -4,6 +4,7 @@
 
 # %% ../nbs/02a_layers.ipynb #8cf1a532
 from __future__ import annotations
+from collections.abc import Iterable
 import warnings
 import torch
 from torch import nn
@@ -28,6 +29,12 @@ def _check_names(model, names, arg):
     for n in names:
         if n in everything: continue
         raise ValueError(f"{arg} names {n!r}, which is not in the model; its prunable layers are {shortened(_prunable(model))}")
+
+def _as_names(exclude):
+    "`exclude` as a list of names"
+    names = [exclude] if isinstance(exclude, str) else list(exclude) if isinstance(exclude, Iterable) else [exclude]
+    if all(isinstance(n, str) for n in names): return names
+    raise TypeError(f"exclude got {exclude!r}; give the name of a layer or container to leave out, or several: exclude=['conv1', 'layer4']")
 
 def _prunable(model): return {n: m for n,m in model.named_modules() if isinstance(m, prunable_types)}
 
@@ -78,7 +85,7 @@ def find_layers(
     exclude=(), # Names of layers or containers to leave out
 ) -> dict: # From name to module
     "The layers of `model` to prune; errors name what is there instead."
-    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    exclude = _as_names(exclude)
     _check_names(model, exclude, 'exclude')
     out,pick,found = _modules(model, exclude),_as_predicate(model, layers),{}
     for name,module in _prunable(model).items():

@@ -4,7 +4,7 @@
 
 # %% ../nbs/16_lottery.ipynb #1831f334
 from __future__ import annotations
-import hashlib, io
+import copy, hashlib, io
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -28,7 +28,9 @@ from .trial import one_batch
 __all__ = ['Ticket', 'save_ticket', 'load_ticket', 'train_ticket', 'find_ticket', 'shuffled', 'restarted']
 
 # %% ../nbs/16_lottery.ipynb #d737a66d
-def _state(model): return {k: v.detach().cpu().clone() for k,v in unwrap(model).state_dict().items()}
+def _copied(v): return v.detach().cpu().clone() if isinstance(v, torch.Tensor) else copy.deepcopy(v) # a module may have an extra state
+
+def _state(model): return {k: _copied(v) for k,v in unwrap(model).state_dict().items()}
 
 # %% ../nbs/16_lottery.ipynb #0431165a
 class Ticket:
@@ -55,7 +57,7 @@ def _misfits(self:Ticket, model):
     layers,here = dict(model.named_modules()),model.state_dict()
     bad = [n for n,m in self.masks.items() if n not in layers or layers[n].weight.shape != m.shape]
     bad += sorted(self.start.keys() ^ here.keys())
-    return bad + [k for k,v in self.start.items() if k in here and here[k].shape != v.shape]
+    return bad + [k for k,v in self.start.items() if k in here and getattr(here[k], 'shape', None) != getattr(v, 'shape', None)]
 
 # %% ../nbs/16_lottery.ipynb #dc8b8425
 @patch

@@ -114,3 +114,15 @@ def test_a_criterion_that_fails_in_the_middle_of_a_training_loses_nothing(learne
     assert list(learn.model.state_dict()) == keys
     fit(learn, cbs=SparsifyCallback(.9))
     assert float(measured_sparsity(learn.model)) == pytest.approx(.9, abs=.005)
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize('kwargs,error,text', [(dict(min_change=None), ValueError, 'min_change got None'), (dict(start_epoch='1'), ValueError, "start_epoch got '1'"),
+                                               (dict(end_epoch='2'), ValueError, "end_epoch '2'"), (dict(regrow='no'), TypeError, "regrow got 'no'")])
+def test_arguments_of_another_type(kwargs, error, text):
+    with pytest.raises(error, match=text): SparsifyCallback(.5, **kwargs)
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize('exclude', [nn.Linear, None, [nn.Linear], 3])
+def test_what_to_leave_out_is_named(exclude):
+    with pytest.raises(TypeError, match='exclude got .*name of a layer'): Sparsifier(conv_net(), exclude=exclude)
+    assert len(Sparsifier(conv_net(), exclude=iter(['0'])).layers) == 2

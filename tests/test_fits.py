@@ -168,3 +168,19 @@ def test_gradients_between_accumulated_batches(learner):
     learn,reads = learner(),Reads()
     fit(learn, 2, cbs=[SparsifyCallback(.8, schedule=lambda start, end, pos: end), GradientAccumulation(24), reads])
     assert len(reads.seen) > 4 and not any(reads.seen)
+
+@pytest.mark.situation
+def test_zeros_are_kept_in_a_network_that_runs_with_its_loss_only(learner):
+    "Single weights need no look at how the network is connected"
+    class Chatty(nn.Module):
+        def __init__(self): super().__init__(); self.net = conv_net()
+        def forward(self, x, target=None):
+            if target is None and not self.training: raise ValueError('no target')
+            return self.net(x)
+    class Target(Callback):
+        def before_batch(self): self.learn.xb = (*self.xb, self.y)
+    learn = learner(model=Chatty())
+    fit(learn, 2, cbs=[Target(), SparsifyCallback(.8)])
+    before = zeros(learn.model)
+    fit(learn, 2, cbs=[Target(), KeepSparsity()])
+    assert zeros(learn.model) == before == wanted(learn.model)

@@ -233,3 +233,18 @@ def test_a_round_that_fails_leaves_no_ticket(learner, tmp_path):
             if self.learn.train_iter == 5: raise RuntimeError('crash')
     with pytest.raises(RuntimeError, match='crash'): quietly(find_ticket, learner(), 2, 1e-2, sparsity=.8, path=tmp_path, seed=0, cbs=Crash())
     assert not list(tmp_path.iterdir())
+
+@pytest.mark.situation
+def test_a_module_with_an_extra_state(tmp_path):
+    class Counts(nn.Sequential):
+        n = 0
+        def forward(self, x):
+            self.n += 1
+            return super().forward(x)
+        def get_extra_state(self): return {'n': self.n}
+        def set_extra_state(self, state): self.n = state['n']
+    learn = make_learner(model=Counts(*conv_net()))
+    ticket = quietly(find_ticket, learn, 2, 1e-2, sparsity=.5)
+    save_ticket(ticket, tmp_path/'t.pt')
+    quietly(train_ticket, learn, load_ticket(tmp_path/'t.pt'), 1, 1e-2)
+    assert learn.model.n == 12 and ticket.start['_extra_state'] == {'n': 0} # 6 batches of training, 6 of validation
