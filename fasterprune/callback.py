@@ -215,6 +215,14 @@ def _last_step(self:SparsifyCallback):
     self._record.sparsity_scheduled.append((self._n_steps(), self._mean(end)))
     final = self.sparsifier.regrow and self._zeros_to_masks(end, groups)
     self._prune_to(end, groups, **(dict(regrow=False) if final else {}))
+    if self.sparsifier.regrow: self._tell_still_zero(end, groups)
+
+@patch
+def _tell_still_zero(self:SparsifyCallback, end, groups):
+    "A weight that was let back in is zero until a gradient moves it"
+    zeros,n = sum(int((~g.layers[0].zero_row()).sum()) for g in groups),sum(g.n for g in groups)
+    more = zeros - sum(k for _,k in self.sparsifier.budget(end, groups))
+    if more > 0: tell(f"{more} of {n} blocks that were let back in are still zero, so more are zero than asked for: {zeros/n:.2%}")
 
 @patch
 def _tell_end(self:SparsifyCallback, end):

@@ -122,6 +122,7 @@ def _train_begins(self:ZerosCallback):
     if self._fitting: self._epoch = max(self._epoch+1, self.learn.epoch) # a validation before the epoch sets the Learner's to zero
     else: self.sparsifier,self._fitting,self._n_epoch,self._epoch = None,True,self.learn.n_epoch,self.learn.epoch
     self._opening,self._disturbed,self._measured,self._n_iter = 0,self._epoch != self.learn.epoch,None,len(self.learn.dl)
+    if not self._n_iter: tell("the training data makes no batch (is it smaller than the batch size?), so nothing is trained or pruned")
 
 @patch
 def _epochs_over(self:ZerosCallback, aborted):

@@ -184,3 +184,15 @@ def test_zeros_are_kept_in_a_network_that_runs_with_its_loss_only(learner):
     before = zeros(learn.model)
     fit(learn, 2, cbs=[Target(), KeepSparsity()])
     assert zeros(learn.model) == before == wanted(learn.model)
+
+def test_weights_that_did_not_come_back_are_told(learner):
+    learn = learner()
+    with pytest.warns(UserWarning, match='let back in are still zero'): fit(learn, 3, cbs=SparsifyCallback(.9, schedule=sched_dsd, regrow=True))
+    assert 0 < zeros(learn.model) < 100
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize('make', pruning)
+def test_no_batch_to_train_with(learner, make):
+    learn = learner(n=6, bs=8)
+    with pytest.warns(UserWarning, match='makes no batch'): fit(learn, 1, cbs=make())
+    assert zeros(learn.model) == 0
