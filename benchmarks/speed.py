@@ -63,7 +63,7 @@ def contestants(schedule, min_change, only=None):
     kw = dict(schedule=schedule) if min_change is None else dict(schedule=schedule, min_change=min_change)
     res = {'dense': lambda: []}
     for c in ('lamp', 'local', 'global'): res[f'fasterprune {c}'] = lambda c=c: [SparsifyCallback(.95, context=c, **kw)]
-    if min_change == 0: res['fasterprune StraightThrough'] = lambda: [StraightThrough(.95, schedule=schedule, every=16)]
+    if min_change == 0: res['fasterprune StraightThrough'] = lambda: [StraightThrough(.95, schedule=schedule, every=4)]
     if min_change is None:
         res['fasterprune, all defaults'] = lambda: [SparsifyCallback(.95)]
         res['fasterprune StraightThrough, all defaults'] = lambda: [StraightThrough(.95)]

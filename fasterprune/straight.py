@@ -51,7 +51,7 @@ class StraightThrough(SparsifyCallback):
         schedule:Callable=sched_between(sched_agp, 0, .8), # Function `(start, end, pos) -> sparsity`
         layers=nn.Conv2d, # As for `SparsifyCallback`
         exclude=(), # As for `SparsifyCallback`
-        every:int=16, # Batches from one selection to the next, at most
+        every:int=4, # Batches from one selection to the next, at most
         soft:bool=True, # Do kept weights shrink towards the threshold (`soft_threshold`)?
     ):
         super().__init__(sparsity, context=context, criteria=criteria, schedule=schedule, layers=layers, exclude=exclude,
