@@ -248,7 +248,7 @@ def build(self:FastNetwork, inputs):
     "Reads, plans, checks and times."
     module = read_graph(self.model, inputs)
     reader = Reader(module)
-    _check_plan(self.given or {}, [op.name for op in reader.ops if op.kind in ('conv', 'linear')])
+    if not self.programs: _check_plan(self.given or {}, [op.name for op in reader.ops if op.kind in ('conv', 'linear')])
     program = Program(reader, inputs, self.given)
     got,wanted = program(*inputs),tree_flatten(self.model(*inputs))[0]
     program.batched = all(isinstance(t, Tensor) and t.shape[:1] == inputs[0].shape[:1] for t in (*inputs, *wanted))
@@ -265,7 +265,13 @@ def _check_plan(plan, names):
     if not fits: raise ValueError(f"a plan says 'sparse' or 'dense' of layers, which are {', '.join(sorted(names))}; this one is {plan!r}")
 
 def _error(got, wanted):
-    return float((got - wanted).abs().max()/wanted.abs().max().clamp(min=1e-30)) if isinstance(wanted, Tensor) else 0.
+    "The largest difference, as a part of the largest output; infinite where only one of the two is finite, or a tensor of another type"
+    if not isinstance(wanted, Tensor): return 0.
+    if (got.dtype, got.shape) != (wanted.dtype, wanted.shape): return math.inf
+    differ = (got != wanted) & ~(got.isnan() & wanted.isnan())
+    if wanted.dtype == torch.bool or not differ.any(): return float(differ.any())
+    largest = wanted.abs().nan_to_num(0., 0.).max().clamp(min=1e-30)
+    return float(((got - wanted)[differ].abs().max()/largest).nan_to_num(math.inf, math.inf))
 
 # %% ../nbs/15_engine.ipynb #244aed50
 def fast_cpu(

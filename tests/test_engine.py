@@ -1,5 +1,5 @@
 "The engine: outputs equal to PyTorch's, the model untouched, a plan that says what runs how, errors that help"
-import copy, io, json, os, time
+import copy, io, json, math, os, time
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -162,6 +162,24 @@ def test_linear_layers_of_any_shape():
     m = sparse(nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 9), nn.SiLU()))
     for shape in ((5, 12), (2, 7, 12), (2, 4, 3, 12)): assert how(check(m, torch.randn(shape)))['0'] == 'sparse'
 
+def test_batchnorm_after_a_linear_layer_on_images():
+    "The channels of the one are the second dimension, those of the other the last"
+    runs = how(check(sparse(nn.Sequential(nn.Linear(24, 4), nn.BatchNorm2d(4), nn.ReLU())), torch.randn(2, 4, 4, 24)))
+    assert runs['0'] == 'sparse' and len(runs) == 2
+
+def test_nothing_is_done_with_nothing():
+    "An empty batch, and an empty part of a batch that goes through layers of its own"
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.c = nn.Conv2d(3, 8, 3, padding=1),nn.Conv2d(8, 8, 3),nn.Linear(8, 5)
+        def forward(self, x):
+            y = self.a(x)
+            return y,self.c(self.b(y[:0]).relu().mean((2, 3)))
+    m = sparse(Part())
+    fast = fast_cpu(m, torch.randn(2, 3, 8, 8), {'a': 'sparse'})
+    assert how(fast)['a'] == 'sparse' and [o.shape for o in fast(torch.randn(0, 3, 8, 8))] == [(0, 8, 8, 8), (0, 5)]
+
 @pytest.mark.parametrize('batch,shape', [(1, (1280,)), (3, (1280,)), (4, (600, 5, 5))])
 def test_many_inputs_on_few_pixels(batch, shape):
     "The inputs are walked in blocks, and the sums that rest in a channel meanwhile are not the next channel's to overwrite"
@@ -228,6 +246,51 @@ def test_structured_outputs_and_several_inputs():
     fast.first.run = fast.first.output
     with torch.no_grad(): got,wanted = fast(*x),m(*x)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+class Outputs(nn.Module):
+    "A convolution, and beside it what `also` makes of its output"
+    def __init__(self, also):
+        super().__init__()
+        self.conv,self.also = nn.Conv2d(3, 8, 3, padding=1),also
+    def forward(self, x):
+        y = self.conv(x)
+        return y,self.also(y)
+
+@pytest.mark.parametrize('also', [lambda y: y.mean((1, 2, 3)) > 0, lambda y: y[:0], lambda y: y.argmax(1), lambda y: torch.fft.rfft(y),
+    lambda y: y.masked_fill(y > 0, -math.inf), lambda y: (y - y).log()*0, lambda y: y.double(), lambda y: None, lambda y: 3])
+def test_outputs_of_all_kinds(also):
+    m,x = sparse(Outputs(also)),torch.randn(2, 3, 8, 8)
+    fast = fast_cpu(m, x, all_sparse(m))
+    assert fast.first.error < 1e-5
+    with torch.no_grad(): torch.testing.assert_close(fast.first.output(x), m(x), rtol=1e-4, atol=1e-5, equal_nan=True)
+
+def test_every_kind_of_difference_counts():
+    inf,nan,t = math.inf,math.nan,torch.tensor
+    def error(a, b): return engine._error(t(a), t(b))
+    assert error([1., 2.5], [1., 2.]) == .25 and error([1, 4], [1, 2]) == 1 and error([True, False], [True, True]) == 1
+    for a in ([inf, nan, 1.], [-inf, nan, 0.], [0., nan, 1.]): assert (error(a, [inf, nan, 1.]) == 0) == (a == [inf, nan, 1.])
+    for a,b in (([nan], [1.]), ([1.], [nan]), ([1.], [inf]), ([-inf], [inf]), ([1.], [1]), ([1.], [1., 1.])): assert error(a, b) == inf
+
+def test_an_output_that_differs_is_found_beside_others(monkeypatch):
+    "Also after one that agrees, and if it is infinite somewhere"
+    m,x = sparse(Outputs(lambda y: y.masked_fill(y > 1, -math.inf))),torch.randn(2, 3, 8, 8)
+    real = engine.Program.__call__
+    monkeypatch.setattr(engine.Program, '__call__', lambda self, *i: [o + n for n,o in enumerate(real(self, *i))])
+    fast = fast_cpu(m, x, all_sparse(m))
+    assert fast.first.error > .1 and not fast.first.used and 'the outputs differ' in repr(fast)
+
+@pytest.mark.parametrize('combine', [torch.mul, torch.add, lambda a, b: torch.cat([a, b], 1)])
+def test_types_are_those_of_the_model(combine):
+    "float64 where a constant is of float64"
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.last = nn.Conv2d(3, 8, 3, padding=1),nn.Conv2d(8, 8, 3, padding=1)
+            self.register_buffer('k', torch.rand(1, 8, 8, 8, dtype=torch.float64))
+        def forward(self, x): return combine(self.last(self.conv(x)), self.k)
+    m,x = sparse(Scaled()),torch.randn(1, 3, 8, 8)
+    fast = fast_cpu(m, x, all_sparse(m))
+    assert fast.first.error < 1e-5 and fast.first.output(x).dtype == torch.float64
 
 def test_values_that_are_returned_are_kept():
     "An output that other layers read too, as in a feature pyramid: its memory is not used again"
