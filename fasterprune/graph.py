@@ -112,7 +112,8 @@ def on_linear(self:Reader, node, x, weight, bias):
 def on__native_batch_norm_legit_no_training(self:Reader, node, x, weight, bias, mean, var, momentum, eps):
     if not _is_image(x): return
     op,channels = self.unfinished(x),op_shape(x)[1]
-    if not op or op.kind != 'conv' or len(op.sources) > 1: op = self.add('conv', node, [x], Conv(torch.ones(channels, 1, 1, 1), groups=channels))
+    alone = not op or op.kind != 'conv' or len(op.sources) > 1
+    if alone: op = self.add('conv', node, [x], Conv(torch.ones(channels, 1, 1, 1), groups=channels))
     weight,bias,mean,var = (self.constants[n].double() if n else None for n in (weight, bias, mean, var))
     fused = fuse_conv_bn_weights(op.conv.weight.double(), op.conv.bias, mean, var, eps, weight, bias)
     op.conv.weight,op.conv.bias = (p.detach().float() for p in fused)
