@@ -4,17 +4,18 @@
 
 # %% ../nbs/15_engine.ipynb #5868fcc0
 from __future__ import annotations
-import copy, math, threading, time
+import math, threading, time
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
+from .batches import cat_items, independent, largest_error, n_items, tolerance
 from .graph import Reader, op_name, op_shape, read_graph
 from .kernels import vector_width
 from .planes import Chain, Planes, TapLayer, joined
-from .probe import unwrap
+from .probe import as_inputs, copied, tensors, unwrap
 from .tables import Table, si
 
 # %% auto #0
@@ -211,51 +212,47 @@ Program.do_linear = Program.do_conv
 class FastNetwork(Table):
     "A network for inference on the processor, made by `fast_cpu`; print it to see what runs how."
     def __init__(self, model, inputs, plan):
-        self.model,self.given,self.lock,self.programs,self.shapes = model,plan,threading.RLock(),{},[i.shape for i in inputs]
+        self.model,self.given,self.lock,self.programs,self.shapes = model,plan,threading.RLock(),{},[t.shape for t in tensors(inputs)]
         self.first = self.program(inputs)
-        self.plan = self.first.plan
+        self.plan,self.items = self.first.plan,n_items(inputs) if self.first.used and independent(model, inputs) else 0
 
     @torch.no_grad()
     def __call__(self, *inputs):
         _check_inputs(inputs)
-        n = self.shapes[0][0] if self.first.used and self.first.batched else None
-        parts = list(zip(*(i.split(n) for i in inputs))) if n else [inputs]
+        n,all_items = self.items,n_items(inputs)
+        parts = [tree_map(lambda t: t[i:i+n], inputs) for i in range(0, all_items, n)] if 0 < n < all_items else [inputs]
         with self.lock: outs = [self.program(p).run(*p) for p in parts]
-        return outs[0] if len(outs) == 1 else tree_map(lambda *ts: torch.cat(ts), *outs)
+        return outs[0] if len(outs) == 1 else cat_items(*outs)
 
 # %% ../nbs/15_engine.ipynb #00a5ab41
 def _check_inputs(inputs):
-    for i in inputs:
+    for i in tensors(inputs):
         if i.device.type != 'cpu' or i.is_floating_point() and i.dtype != torch.float32:
             raise ValueError(f'fast_cpu computes on the processor in float32, but was given {i.dtype} on {i.device}: use .cpu().float()')
 
 # %% ../nbs/15_engine.ipynb #144538a5
 @patch
 def program(self:FastNetwork, inputs):
-    "The program for inputs of this shape; up to eight are kept."
-    key = tuple(i.shape for i in inputs)
+    "The program for inputs of these shapes; up to eight are kept."
+    key = repr(tree_map(lambda t: (*t.shape, t.dtype) if isinstance(t, Tensor) else t, inputs))
     if key not in self.programs:
         if len(self.programs) > 7: self.programs.pop(list(self.programs)[1])
-        self.programs[key] = self.build(tuple(inputs))
+        self.programs[key] = self.build(inputs)
     return self.programs[key]
 
 # %% ../nbs/15_engine.ipynb #3a15eb55
-_tolerance = 1e-5 # of the largest output
-
 @patch
 @torch.no_grad()
 def build(self:FastNetwork, inputs):
     "Reads, plans, checks and times."
     module = read_graph(self.model, inputs)
     reader = Reader(module)
-    _check_plan(self.given or {}, [op.name for op in reader.ops if op.kind in ('conv', 'linear')])
-    program = Program(reader, inputs, self.given)
-    got,wanted = program(*inputs),tree_flatten(self.model(*inputs))[0]
-    program.batched = all(isinstance(t, Tensor) and t.shape[:1] == inputs[0].shape[:1] for t in (*inputs, *wanted))
-    program.error = max(_error(g, w) for g,w in zip(got, wanted))
-    program.seconds,program.eager = race(lambda: program(*inputs), lambda: self.model(*inputs))
-    program.used = program.error < _tolerance and program.seconds < program.eager
-    program.output = lambda *i: tree_unflatten(program(*i), module._out_spec)
+    if not self.programs: _check_plan(self.given or {}, [op.name for op in reader.ops if op.kind in ('conv', 'linear')])
+    program = Program(reader, tree_leaves(inputs), self.given)
+    program.output = lambda *i: tree_unflatten(program(*tree_leaves(i)), module._out_spec)
+    program.error = largest_error(program.output(*inputs), self.model(*inputs))
+    program.seconds,program.eager = race(lambda: program.output(*inputs), lambda: self.model(*inputs))
+    program.used = program.error < tolerance and program.seconds < program.eager
     program.run = program.output if program.used else self.model
     return program
 
@@ -264,20 +261,16 @@ def _check_plan(plan, names):
     fits = isinstance(plan, dict) and set(plan) <= set(names) and all(how in ('sparse', 'dense') for how in plan.values())
     if not fits: raise ValueError(f"a plan says 'sparse' or 'dense' of layers, which are {', '.join(sorted(names))}; this one is {plan!r}")
 
-def _error(got, wanted):
-    return float((got - wanted).abs().max()/wanted.abs().max().clamp(min=1e-30)) if isinstance(wanted, Tensor) else 0.
-
 # %% ../nbs/15_engine.ipynb #244aed50
 def fast_cpu(
     model:nn.Module, # A pruned network of convolutions; it is copied, and stays as it is
-    sample, # An input, or a tuple of inputs: float32, with as many images as are usual at a time
+    sample, # An input, or a tuple of inputs, dicts or lists of tensors too: float32, with as many images as are usual at a time
     plan:dict=None, # The `plan` of an earlier `FastNetwork`, which is then followed instead of measured
 ) -> FastNetwork: # Called like the model
     "A network for inference that does not multiply by the zeros in `model`'s weights."
     vector_width()
-    inputs = tuple(sample) if isinstance(sample, (tuple, list)) else (sample,)
-    _check_inputs([*inputs, *model.parameters()])
-    return FastNetwork(copy.deepcopy(unwrap(model)).eval(), tuple(i.detach().clone() for i in inputs), plan)
+    _check_inputs([sample, *model.parameters()])
+    return FastNetwork(copied(unwrap(model)).eval(), as_inputs(sample, model), plan)
 
 # %% ../nbs/15_engine.ipynb #00f89e99
 @patch
@@ -290,5 +283,6 @@ def _notes(self:FastNetwork):
     p = self.first
     sizes = ' and '.join('×'.join(map(str, s)) for s in self.shapes)
     yield f'{sizes}: {_ms(p.seconds)} ms, PyTorch {_ms(p.eager)} ms, threads: {torch.get_num_threads()}'
-    if p.error >= _tolerance: yield f'all by PyTorch, because the outputs differ by {p.error:.0e}'
+    if p.error >= tolerance: yield f'all by PyTorch, because the outputs differ by {p.error:.0e}'
     elif not p.used: yield 'all by PyTorch, which is faster'
+    elif not self.items: yield 'each batch size gets a program of its own, because the outputs of a batch are not those of its items'

@@ -87,7 +87,11 @@ class Reader:
         return op
 
 # %% ../nbs/15c_graph.ipynb #44f33a42
-def _is_image(node): return len(op_shape(node)) == 4
+def _is_float(node): # What the engine computes with: float32, and not empty
+    value = node.meta.get('val')
+    return isinstance(value, Tensor) and value.dtype == torch.float32 and value.numel() > 0
+
+def _is_image(node): return len(op_shape(node)) == 4 and _is_float(node)
 
 # %% ../nbs/15c_graph.ipynb #57db2d74
 @patch
@@ -99,7 +103,7 @@ def on_conv2d(self:Reader, node, x, weight, bias, stride, padding, dilation, gro
 # %% ../nbs/15c_graph.ipynb #af511c67
 @patch
 def on_linear(self:Reader, node, x, weight, bias):
-    if not {weight, bias} <= {None, *self.constants}: return
+    if not {weight, bias} <= {None, *self.constants} or not _is_float(x): return
     conv = Conv(self.constants[weight][..., None, None], self.constants.get(bias))
     return self.add('linear', node, [x], conv, weight.target.removesuffix('.weight'))
 
@@ -108,7 +112,8 @@ def on_linear(self:Reader, node, x, weight, bias):
 def on__native_batch_norm_legit_no_training(self:Reader, node, x, weight, bias, mean, var, momentum, eps):
     if not _is_image(x): return
     op,channels = self.unfinished(x),op_shape(x)[1]
-    if not op or len(op.sources) > 1: op = self.add('conv', node, [x], Conv(torch.ones(channels, 1, 1, 1), groups=channels))
+    alone = not op or op.kind != 'conv' or len(op.sources) > 1
+    if alone: op = self.add('conv', node, [x], Conv(torch.ones(channels, 1, 1, 1), groups=channels))
     weight,bias,mean,var = (self.constants[n].double() if n else None for n in (weight, bias, mean, var))
     fused = fuse_conv_bn_weights(op.conv.weight.double(), op.conv.bias, mean, var, eps, weight, bias)
     op.conv.weight,op.conv.bias = (p.detach().float() for p in fused)
@@ -141,7 +146,7 @@ def on_activation(self:Reader, node, x, *args):
 # %% ../nbs/15c_graph.ipynb #431d06a2
 @patch
 def on_add(self:Reader, node, a, b, alpha=1):
-    if op_shape(a) != op_shape(b) or not _is_image(a) or alpha != 1: return
+    if op_shape(a) != op_shape(b) or not _is_image(node) or alpha != 1: return
     for x,y in ((a, b), (b, a)):
         op = self.unfinished(x)
         if op and op.kind == 'conv' and len(op.sources) == 1 and a is not b:

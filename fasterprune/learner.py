@@ -4,16 +4,16 @@
 
 # %% ../nbs/17_learner.ipynb #802dc42b
 from __future__ import annotations
-from copy import deepcopy
 from typing import NamedTuple
 from torch import nn, Tensor
+from torch.utils._pytree import tree_map
 from fastcore.basics import patch, patch_to
 from fastai.learner import Learner, Recorder, join_path_file
 from fastai.torch_core import rank_distrib
 from . import engine, report, saved, storage
 from .find import sparsity_find
 from .optimizers import cut_optimizer
-from .probe import as_inputs, unwrap
+from .probe import as_inputs, copied, unwrap
 from .surgery import cut_channels, wrapped_like
 from .tables import new_axes
 from .trial import as_before, one_batch
@@ -51,7 +51,7 @@ def plot_sparsity(self:Recorder,
     return ax
 
 # %% ../nbs/17_learner.ipynb #6583cf01
-def _one_item(learn): return tuple(x[:1] if isinstance(x, Tensor) else x for x in one_batch(learn, train=False)[0])
+def _one_item(learn): return tree_map(lambda x: x[:1] if isinstance(x, Tensor) else x, tuple(one_batch(learn, train=False)[0]))
 
 # %% ../nbs/17_learner.ipynb #ec8a2912
 @patch
@@ -127,5 +127,5 @@ def fast_cpu(self:Learner,
 ) -> engine.FastNetwork: # Called like the model; `save` writes it to a file
     "`fasterprune.engine.fast_cpu` of the model, for inference on the processor. The Learner is left as it was."
     if sample is None: sample = _one_item(self)
-    model = deepcopy(unwrap(self.model)).cpu()
+    model = copied(unwrap(self.model)).cpu()
     return engine.fast_cpu(model, as_inputs(sample, model), plan)

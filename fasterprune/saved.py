@@ -4,11 +4,10 @@
 
 # %% ../nbs/15e_saved.ipynb #210ff35e
 from __future__ import annotations
-import copy
 from fastcore.basics import patch
 from torch import nn
 from .engine import FastNetwork, fast_cpu
-from .probe import unwrap
+from .probe import copied, unwrap
 from .storage import load_sparse, save_sparse
 
 # %% auto #0
@@ -39,5 +38,5 @@ def load_fast_cpu(
     sample, # As for `fast_cpu`
 ) -> FastNetwork: # With the weights and the plan of the file
     "Load a network for inference and compile it for this processor; `ValueError` if the file is of another network."
-    found = load_sparse(path, _Planned(copy.deepcopy(unwrap(model)), {}))
+    found = load_sparse(path, _Planned(copied(unwrap(model)), {}))
     return fast_cpu(found.model, sample, found.plan)

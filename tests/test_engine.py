@@ -1,11 +1,12 @@
 "The engine: outputs equal to PyTorch's, the model untouched, a plan that says what runs how, errors that help"
-import copy, io, json, os, time
+import copy, io, json, math, os, time
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from fasterprune import engine, kernels, saved
 from fasterprune.allocation import by_multiplications, multiplications
+from fasterprune.batches import largest_error
 from fasterprune.engine import fast_cpu
 from fasterprune.planes import Chain, Conv, Planes, TapLayer
 from fasterprune.saved import load_fast_cpu
@@ -27,7 +28,7 @@ def one_thread(monkeypatch):
 def sparse(m, s=.8):
     for l in m.modules():
         if isinstance(l, (nn.Conv2d, nn.Linear)): l.weight.data[torch.rand_like(l.weight) < s] = 0
-        if isinstance(l, nn.BatchNorm2d):
+        if isinstance(l, nn.BatchNorm2d) and l.track_running_stats:
             for t in (l.weight, l.running_var): nn.init.uniform_(t, .5, 1.5)
             for t in (l.bias, l.running_mean): nn.init.normal_(t)
     return m.eval()
@@ -120,6 +121,69 @@ def test_batches_and_other_sizes():
             torch.testing.assert_close(fast(x), m(x), rtol=1e-4, atol=1e-4)
     assert len(fast.programs) == 3
 
+@pytest.fixture
+def always_faster(monkeypatch): monkeypatch.setattr(engine, 'race', lambda *calls, seconds=1.: [1. + i for i in range(len(calls))])
+
+class Less(nn.Module):
+    "Something of the batch is taken off its items"
+    def __init__(self, of):
+        super().__init__()
+        self.of = of
+    def forward(self, x): return x - self.of(x)
+
+dependent = dict(norm=lambda: nn.BatchNorm2d(8, track_running_stats=False), mean=lambda: Less(lambda x: x.mean(0)), first=lambda: Less(lambda x: x[:1]), largest=lambda: Less(lambda x: x.amax()/9),
+    count=lambda: Less(lambda x: len(x)/9), place=lambda: Less(lambda x: torch.arange(len(x)).view(-1, 1, 1, 1)), roll=lambda: Less(lambda x: x.roll(1, 0)))
+
+@pytest.mark.parametrize('name', dependent)
+@pytest.mark.parametrize('sample', [torch.zeros, torch.ones, torch.randn, lambda *shape: torch.arange(float(math.prod(shape))).view(shape)])
+def test_items_that_depend_on_each_other_are_not_divided(name, sample, always_faster):
+    m = sparse(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), dependent[name](), nn.ReLU(), nn.Conv2d(8, 4, 3)))
+    fast,x = fast_cpu(m, sample(1, 3, 12, 12)),torch.randn(5, 3, 12, 12)*torch.arange(1, 6).view(5, 1, 1, 1)
+    with torch.no_grad(): torch.testing.assert_close(fast(x), m(x), rtol=1e-4, atol=1e-4)
+    assert fast.first.used and fast.items == 0 and set(how(fast).values()) >= {'sparse'} and 'program of its own' in repr(fast)
+
+class Beside(nn.Module):
+    "Two inputs, and what `end` makes of both"
+    def __init__(self, end):
+        super().__init__()
+        self.conv,self.end,self.k = nn.Conv2d(3, 8, 3, padding=1),end,nn.Parameter(torch.randn(1, 5))
+    def forward(self, x, t): return self.end(self.conv(x), t, self.k)
+
+def per_image(t): return t.view(-1, 1, 1, 1)
+
+@pytest.mark.parametrize('n', [1, 2])
+@pytest.mark.parametrize('end,items', [(lambda y, t, k: y/t[0], 0), (lambda y, t, k: (y, k), 0), (lambda y, t, k: (y, y.sum()), 0), (lambda y, t, k: (y, None), 0),
+    (lambda y, t, k: y/per_image(t), 1), (lambda y, t, k: dict(y=y/per_image(t), rows=y.flatten(0, 1)), 1)])
+def test_inputs_and_outputs_that_are_not_of_items(n, end, items, always_faster):
+    "One value for all, in or out, also if the sample has as many items as there are values"
+    m,x,t = sparse(Beside(end)),torch.randn(5, 3, 8, 8),torch.rand(5) + 1
+    fast = fast_cpu(m, (x[:n], t[:n]))
+    assert fast.first.used and fast.items == n*items
+    for i in ((x, t), (x[:4], t[:4]), (x[:1], t[:1])):
+        with torch.no_grad(): torch.testing.assert_close(fast(*i), m(*i), rtol=1e-4, atol=1e-4)
+    assert len(fast.programs) <= (n + 1 if items else 4)
+
+@pytest.mark.parametrize('value', [torch.tensor([2.]), torch.tensor(2.)])
+def test_one_value_for_all_images(value, always_faster):
+    "Images of the sample's number or of another, and a value that is not one of each"
+    m,x = sparse(Beside(lambda y, t, k: y.mean((2, 3))/t)),torch.randn(5, 3, 8, 8)
+    fast = fast_cpu(m, (x[:1], value))
+    for y in (x, x[:1]):
+        with torch.no_grad(): torch.testing.assert_close(fast(y, value), m(y, value), rtol=1e-4, atol=1e-5)
+
+def test_integers_that_are_all_the_same_leave_it_open(always_faster):
+    "Nothing shows then whether items depend on each other: they are not divided"
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words,self.lin = nn.Embedding(9, 8),nn.Linear(8, 16)
+        def forward(self, i): return self.lin(self.words(i) - self.words(i).mean(0))
+    m,i = sparse(Words()),torch.arange(6).view(2, 3)
+    for sample in (i[:1], torch.ones(1, 3, dtype=torch.int64)):
+        fast = fast_cpu(m, sample)
+        with torch.no_grad(): torch.testing.assert_close(fast(i), m(i), rtol=1e-4, atol=1e-5)
+        assert fast.first.used and fast.items == 0
+
 def test_results_of_two_calls_do_not_share_memory():
     m = sparse(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()))
     fast = fast_cpu(m, torch.randn(1, 3, 8, 8), all_sparse(m))
@@ -161,6 +225,24 @@ def test_linear_layers_of_any_shape():
     "Sparse: a batch of vectors, of sequences, and of images with their channels last"
     m = sparse(nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 9), nn.SiLU()))
     for shape in ((5, 12), (2, 7, 12), (2, 4, 3, 12)): assert how(check(m, torch.randn(shape)))['0'] == 'sparse'
+
+def test_batchnorm_after_a_linear_layer_on_images():
+    "The channels of the one are the second dimension, those of the other the last"
+    runs = how(check(sparse(nn.Sequential(nn.Linear(24, 4), nn.BatchNorm2d(4), nn.ReLU())), torch.randn(2, 4, 4, 24)))
+    assert runs['0'] == 'sparse' and len(runs) == 2
+
+def test_nothing_is_done_with_nothing():
+    "An empty batch, and an empty part of a batch that goes through layers of its own"
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.c = nn.Conv2d(3, 8, 3, padding=1),nn.Conv2d(8, 8, 3),nn.Linear(8, 5)
+        def forward(self, x):
+            y = self.a(x)
+            return y,self.c(self.b(y[:0]).relu().mean((2, 3)))
+    m = sparse(Part())
+    fast = fast_cpu(m, torch.randn(2, 3, 8, 8), {'a': 'sparse'})
+    assert how(fast)['a'] == 'sparse' and [o.shape for o in fast(torch.randn(0, 3, 8, 8))] == [(0, 8, 8, 8), (0, 5)]
 
 @pytest.mark.parametrize('batch,shape', [(1, (1280,)), (3, (1280,)), (4, (600, 5, 5))])
 def test_many_inputs_on_few_pixels(batch, shape):
@@ -228,6 +310,108 @@ def test_structured_outputs_and_several_inputs():
     fast.first.run = fast.first.output
     with torch.no_grad(): got,wanted = fast(*x),m(*x)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+class Outputs(nn.Module):
+    "A convolution, and beside it what `also` makes of its output"
+    def __init__(self, also):
+        super().__init__()
+        self.conv,self.also = nn.Conv2d(3, 8, 3, padding=1),also
+    def forward(self, x):
+        y = self.conv(x)
+        return y,self.also(y)
+
+@pytest.mark.parametrize('also', [lambda y: y.mean((1, 2, 3)) > 0, lambda y: y[:0], lambda y: y.argmax(1), lambda y: torch.fft.rfft(y),
+    lambda y: y.masked_fill(y > 0, -math.inf), lambda y: (y - y).log()*0, lambda y: y.double(), lambda y: None, lambda y: 3])
+def test_outputs_of_all_kinds(also):
+    m,x = sparse(Outputs(also)),torch.randn(2, 3, 8, 8)
+    fast = fast_cpu(m, x, all_sparse(m))
+    assert fast.first.error < 1e-5
+    with torch.no_grad(): torch.testing.assert_close(fast.first.output(x), m(x), rtol=1e-4, atol=1e-5, equal_nan=True)
+
+def test_every_kind_of_difference_counts():
+    inf,nan,t = math.inf,math.nan,torch.tensor
+    def error(a, b): return largest_error(t(a), t(b))
+    assert error([1., 2.5], [1., 2.]) == .25 and error([1, 4], [1, 2]) == 1 and error([True, False], [True, True]) == 1
+    for a in ([inf, nan, 1.], [-inf, nan, 0.], [0., nan, 1.]): assert (error(a, [inf, nan, 1.]) == 0) == (a == [inf, nan, 1.])
+    for a,b in (([nan], [1.]), ([1.], [nan]), ([1.], [inf]), ([-inf], [inf]), ([1.], [1]), ([1.], [1., 1.])): assert error(a, b) == inf
+
+def test_an_output_that_differs_is_found_beside_others(monkeypatch):
+    "Also after one that agrees, and if it is infinite somewhere"
+    m,x = sparse(Outputs(lambda y: y.masked_fill(y > 1, -math.inf))),torch.randn(2, 3, 8, 8)
+    real = engine.Program.__call__
+    monkeypatch.setattr(engine.Program, '__call__', lambda self, *i: [o + n for n,o in enumerate(real(self, *i))])
+    fast = fast_cpu(m, x, all_sparse(m))
+    assert fast.first.error > .1 and not fast.first.used and 'the outputs differ' in repr(fast)
+
+@pytest.mark.parametrize('combine', [torch.mul, torch.add, lambda a, b: torch.cat([a, b], 1)])
+def test_types_are_those_of_the_model(combine):
+    "float64 where a constant is of float64"
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.last = nn.Conv2d(3, 8, 3, padding=1),nn.Conv2d(8, 8, 3, padding=1)
+            self.register_buffer('k', torch.rand(1, 8, 8, 8, dtype=torch.float64))
+        def forward(self, x): return combine(self.last(self.conv(x)), self.k)
+    m,x = sparse(Scaled()),torch.randn(1, 3, 8, 8)
+    fast = fast_cpu(m, x, all_sparse(m))
+    assert fast.first.error < 1e-5 and fast.first.output(x).dtype == torch.float64
+
+def test_inputs_of_all_kinds(always_faster):
+    "Dicts, lists, numbers and None; another number is another program, and so is another order of names"
+    class Kinds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        def forward(self, d, l, k, e=None): return self.conv(d['x'] - d['y'])*k + l[0]
+    m,(x,y,z) = sparse(Kinds()),torch.randn(3, 4, 3, 8, 8)
+    l = [torch.randn(4, 8, 8, 8), None]
+    fast = fast_cpu(m, (dict(x=x, y=y), l, 3, None), all_sparse(m))
+    for i in ((dict(x=x, y=z), l, 3, None), (dict(x=x, y=y), l, 2.5, None), (dict(y=y, x=x), l, 3, None)):
+        with torch.no_grad(): torch.testing.assert_close(fast(*i), m(*i), rtol=1e-4, atol=1e-5)
+    assert len(fast.programs) == 3 and fast.first.used and '4×3×8×8 and 4×3×8×8 and 4×8×8×8' in repr(fast)
+    with pytest.raises(ValueError, match='float32.*float64'): fast(dict(x=x.double(), y=y), l, 3, None)
+
+def test_a_dict_is_divided_too(always_faster):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        def forward(self, d): return dict(y=self.conv(d['x']))
+    m,x = sparse(Named()),torch.randn(5, 3, 8, 8)
+    fast = fast_cpu(m, dict(x=x[:1]))
+    with torch.no_grad(): torch.testing.assert_close(fast(dict(x=x)), m(dict(x=x)), rtol=1e-4, atol=1e-5)
+    assert len(fast.programs) == fast.items == 1
+
+class Keeps(nn.Module):
+    "A model that keeps an activation, as for a loss of its own; its input is a dict"
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+    def forward(self, d):
+        self.features = self.conv(d['x'])
+        return self.features.relu().mean((2, 3))
+
+def test_a_model_that_keeps_an_activation(tmp_path):
+    m,d = sparse(Keeps()),dict(x=torch.randn(2, 3, 8, 8))
+    m(d)
+    fast = fast_cpu(m, d, all_sparse(m))
+    fast.save(tmp_path/'net')
+    again = load_fast_cpu(tmp_path/'net', m, d)
+    with torch.no_grad(): torch.testing.assert_close((fast.first(d['x'])[0], again.first(d['x'])[0]), (m(d),)*2, rtol=1e-4, atol=1e-5)
+
+def test_a_learner_whose_batches_are_dicts():
+    from fasterprune.learner import Learner
+    from fastai.data.core import DataLoaders
+    class Images(torch.utils.data.Dataset):
+        def __len__(self): return 6
+        def __getitem__(self, i): return dict(x=torch.randn(3, 8, 8)),torch.tensor(0)
+    m,dl = sparse(Keeps()),torch.utils.data.DataLoader(Images(), 3)
+    m(dict(x=torch.randn(2, 3, 8, 8)))
+    learn = Learner(DataLoaders(dl, dl), m, loss_func=nn.CrossEntropyLoss())
+    d = dict(x=torch.randn(1, 3, 8, 8))
+    fast = learn.fast_cpu()
+    assert fast.shapes == [(1, 3, 8, 8)]
+    with torch.no_grad(): torch.testing.assert_close(fast(d), m(d), rtol=1e-4, atol=1e-5)
 
 def test_values_that_are_returned_are_kept():
     "An output that other layers read too, as in a feature pyramid: its memory is not used again"
