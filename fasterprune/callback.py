@@ -190,7 +190,8 @@ def _prune_to(self:SparsifyCallback, s, groups, **kwargs):
     sp = self.sparsifier
     if 'grad' in sp.wants and not any('grad' in l.state for g in groups for l in g.layers): return # after the first backward pass
     trained = [g for g in sp.groups if g in self._trained]
-    if sp.update(s, self.learn.xb, trained, held=[g for g in trained if g not in groups], **kwargs) or not self._record.sparsity_measured: self._count()
+    new = sp.update(s, self.learn.xb, trained, held=[g for g in trained if g not in groups], **kwargs)
+    if new or not self._record.sparsity_measured: self._count()
     self._last = s
 
 @patch

@@ -73,7 +73,8 @@ class _Guard:
 class ZerosCallback(Callback):
     "Keeps the zeros of a `Sparsifier` during a fit; what `SparsifyCallback` and `KeepSparsity` have in common."
     order,run_valid = Recorder.order+1,False
-    sparsifier,_fitting,_opening,_disturbed,_strangers = None,False,0,False,True # _opening: how many `before_fit` without a training epoch or an end
+    sparsifier,_fitting,_disturbed,_strangers = None,False,False,True
+    _opening = 0 # how many `before_fit` without a training epoch or an end
 
     @property
     def learn(self): return self.__dict__.get('_learn')

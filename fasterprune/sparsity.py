@@ -58,7 +58,8 @@ _numpy_counts = (torch.float32, torch.float64)
 
 def _zeros(w):
     "A number, or on a device a tensor that the host does not wait for yet"
-    if w.device.type == 'cpu' and w.dtype in _numpy_counts: return w.numel() - int(np.count_nonzero(w.numpy() != 0)) # twice as fast as to count floats
+    # numpy counts what is True twice as fast as floats
+    if w.device.type == 'cpu' and w.dtype in _numpy_counts: return w.numel() - int(np.count_nonzero(w.numpy() != 0))
     return w.numel() - w.count_nonzero()
 
 def count_zeros(

@@ -37,7 +37,8 @@ def _soften_layer(layer, t, group):
     else: w.copy_(soft_threshold(w, t))
     layer.seen()
 
-def _largest_pruned(layer, dense): return (in_single(dense) - in_single(layer.weight)).abs_().amax() # nothing else is left of the difference
+def _largest_pruned(layer, dense):
+    return (in_single(dense) - in_single(layer.weight)).abs_().amax() # nothing but what is pruned is left of the difference
 
 # %% ../nbs/10b_straight.ipynb #b10b0010
 class StraightThrough(SparsifyCallback):
