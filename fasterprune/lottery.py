@@ -14,7 +14,7 @@ from fastcore.basics import listify, patch
 import fastai.callback.schedule # gives the Learner its fit_one_cycle
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from fastai.torch_core import set_seed
+from fastai.torch_core import set_seed, to_detach
 from .callback import KeepSparsity, SparsifyCallback
 from .layers import find_layers
 from .probe import unwrap
@@ -28,9 +28,7 @@ from .trial import one_batch
 __all__ = ['Ticket', 'save_ticket', 'load_ticket', 'train_ticket', 'find_ticket', 'shuffled', 'restarted']
 
 # %% ../nbs/16_lottery.ipynb #d737a66d
-def _copied(v): return v.detach().cpu().clone() if isinstance(v, torch.Tensor) else copy.deepcopy(v) # a module may have an extra state
-
-def _state(model): return {k: _copied(v) for k,v in unwrap(model).state_dict().items()}
+def _state(model): return copy.deepcopy(to_detach(unwrap(model).state_dict(), gather=False))
 
 # %% ../nbs/16_lottery.ipynb #0431165a
 class Ticket:
