@@ -24,6 +24,7 @@ from fasterprune.criteria import magnitude, squared, taylor
 from fasterprune.experiments.keys import versions
 from fasterprune.schedules import sched_agp, sched_between, sched_onecycle
 from fasterprune.sparsity import measured_sparsity
+from fasterprune.straight import StraightThrough
 
 # ---------------------------------------------------------------------------------------------------- schedules
 
@@ -113,6 +114,7 @@ def callbacks(c):
     extra = [extras[e]() for e in c['extra'].split(',') if e]
     if c['method'] == 'dense': return extra
     if c['method'] == 'fasterai': return [peer(c['sparsity'])]
+    if c['method'] == 'straight': return [StraightThrough(c['sparsity'])]
     return [SparsifyCallback(c['sparsity'], c['granularity'], c['context'], criteria[c['criteria']], schedules[c['schedule']], coupled=c['coupled']), *extra]
 
 class LastOnly(Callback):
@@ -146,6 +148,7 @@ blocks = dict(
     schedules99=over('schedule', screen, sparsity=.99),
     kernels=over('context', ['local', 'erk', 'global', 'lamp'], granularity='kernel', sparsity=.9),
     filters=over('context', ['local', 'erk', 'global', 'lamp'], granularity='filter', sparsity=.5),
+    straight=[dense, *over('sparsity', [.95, .98, .9, .99, .8], method='straight', schedule='agp80')],
     coupled=over('context', ['local', 'erk', 'global', 'lamp'], granularity='filter', coupled=True, sparsity=.5),
     screenshot=[dense, *(vary(method=m, sparsity=s, **kw) for s in (.95, .98, .9, .99, .8) for m,kw in (('ours', {}), ('ours', paper), ('fasterai', paper)))])
 

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt, numpy as np
 
 root = Path(__file__).parent.parent
 ways = { # (method, context, schedule) to label, color and marker
+    ('straight', 'lamp', 'agp80'): ('fasterprune, StraightThrough', 'C3', 'D'),
     ('ours', 'lamp', 'logonecycle'): ('fasterprune, defaults (LAMP)', 'C0', 'o'),
     ('ours', 'local', 'onecycle'): ("fasterprune, the paper's settings", 'C1', 's'),
     ('fasterai', 'local', 'onecycle'): ('fasterai 0.4.1, as in its documentation', 'C2', '^')}
@@ -65,7 +66,7 @@ if __name__ == '__main__':
     pruned,dense = read(args.rows)
     fig,ax = plt.subplots(figsize=(7.2, 4), layout='constrained')
     draw_dense(ax, dense)
-    for i,way in enumerate(ways): draw(ax, pruned[way], way, .05*(i-1))
+    for i,way in enumerate(ways): draw(ax, pruned[way], way, .05*(i-1.5))
     ax.set_xticks(range(len(levels)), [f'{s:.0%}' for s in levels])
     ax.set(xlabel='sparsity: weights that are zero', ylabel='accuracy at the last epoch (%)')
     ax.grid(axis='y', alpha=.3)
