@@ -171,11 +171,22 @@ def _pos(self:SparsifyCallback):
 @patch
 def _prune(self:SparsifyCallback):
     groups = [g for g in self.sparsifier.groups if _trains(g)]
-    self._trained += [g for g in groups if g not in self._trained]
+    new = [g for g in groups if g not in self._trained]
+    self._trained += new
     pos = self._pos() if groups else -1.
     s = self.scheduled(pos) if pos >= 0 else None
     self._record.sparsity_scheduled.append((self._n_steps(), 0. if s is None else self._mean(s)))
-    if s is not None and (pos == 1 or self.learn.iter == 0 or self._due(s)): self._prune_to(s, groups)
+    if s is None or not (pos == 1 or self.learn.iter == 0 or self._due(s)): return
+    ready = self._ready(groups, new)
+    if ready: self._prune_to(s, ready)
+    if len(ready) < len(groups): self._last = None # once more at the next batch
+
+@patch
+def _ready(self:SparsifyCallback, groups, new=()):
+    "Those that can be scored: gradients come with the first backward pass"
+    if 'grad' not in self.sparsifier.wants: return groups
+    have = [g for g in groups if any('grad' in l.state for l in g.layers)]
+    return [g for g in groups if g in have or g not in new] if have else []
 
 @patch
 def _due(self:SparsifyCallback, s):
@@ -188,7 +199,6 @@ def _due(self:SparsifyCallback, s):
 @patch
 def _prune_to(self:SparsifyCallback, s, groups, **kwargs):
     sp = self.sparsifier
-    if 'grad' in sp.wants and not any('grad' in l.state for g in groups for l in g.layers): return # after the first backward pass
     trained = [g for g in sp.groups if g in self._trained]
     new = sp.update(s, self.learn.xb, trained, held=[g for g in trained if g not in groups], **kwargs)
     if new or not self._record.sparsity_measured: self._count()
@@ -204,7 +214,8 @@ def _count(self:SparsifyCallback):
 # %% ../nbs/10_callback.ipynb #1a9badda
 @patch
 def _train_ends(self:SparsifyCallback):
-    if self.sparsifier is None or self._opening: return
+    self._opening = 0
+    if self.sparsifier is None: return
     self._hold()
     if self._epoch == self._n_epoch-1 and self._trained: self._last_step()
     self._hold()
@@ -215,7 +226,7 @@ def _last_step(self:SparsifyCallback):
     self._tell_end(end)
     self._record.sparsity_scheduled.append((self._n_steps(), self._mean(end)))
     final = self.sparsifier.regrow and self._zeros_to_masks(end, groups)
-    self._prune_to(end, groups, **(dict(regrow=False) if final else {}))
+    if self._ready(groups): self._prune_to(end, groups, **(dict(regrow=False) if final else {}))
     if self.sparsifier.regrow: self._tell_still_zero(end, groups)
 
 @patch

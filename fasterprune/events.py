@@ -5,7 +5,8 @@
 # %% ../nbs/09a_events.ipynb #53558fc1
 from __future__ import annotations
 from fastcore.basics import patch
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException,
+                                  CancelValidException)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Recorder
@@ -26,7 +27,9 @@ class _Helper(Callback):
 class _First(_Helper):
     "Comes before all other callbacks"
     order = float('-inf')
-    def before_fit(self): self.owner._bind(self.learn)
+    def before_fit(self):
+        if any(cb is self.owner for cb in self.learn.cbs): self.owner._bind(self.learn)
+        else: _leave(self.learn, self.owner) # it was removed, while it worked for another Learner
     def after_backward(self): self.owner._mask_grads()
     def after_step(self): self.owner._mask_weights()
     def after_epoch(self): self.owner._write_column()
@@ -46,28 +49,34 @@ class _Last(_Helper):
 # %% ../nbs/09a_events.ipynb #e0c1a001
 def _ours(learn): return [cb for cb in learn.cbs if isinstance(cb, ZerosCallback)]
 
+_cancelled = (CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException)
+
 class _Guard:
-    "Runs the epochs of a Learner's fit, and tells our callbacks how they ended"
-    def __init__(self, learn): self.learn = learn
+    "Runs a method of a Learner, and stops our callbacks if it is aborted"
+    def __init__(self, learn, method): self.learn,self.method = learn,method
 
-    def __call__(self):
-        aborted = True
-        try:
-            type(self.learn)._do_fit(self.learn)
-            aborted = False
-        except CancelFitException:
-            aborted = False
+    def __call__(self, *args):
+        whole = self.method == '_do_fit'
+        if whole: self._tell('_close') # a copy that was made in the middle of a fit is in none
+        try: getattr(type(self.learn), self.method)(self.learn, *args)
+        except _cancelled: raise
+        except BaseException:
+            if whole or getattr(self.learn, 'training', False): self._tell('_stop') # an error in a validation may be caught
             raise
-        finally:
-            for cb in _ours(self.learn): cb._epochs_over(aborted)
+        if whole: self._tell('_epochs_over')
 
-    @staticmethod
-    def install(learn):
-        if hasattr(type(learn), '_do_fit'): vars(learn).setdefault('_do_fit', _Guard(learn))
+    def _tell(self, what):
+        for cb in [cb for cb in _ours(self.learn) if not cb._idle()]: getattr(cb, what)()
 
-    @staticmethod
-    def remove(learn):
-        if isinstance(vars(learn).get('_do_fit'), _Guard): del learn._do_fit
+def _guard(learn):
+    for m in ('_do_fit', 'one_batch'):
+        if hasattr(type(learn), m): vars(learn).setdefault(m, _Guard(learn, m))
+
+def _leave(learn, owner):
+    "Remove the helpers of a callback, and the guards if no other of ours is left"
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, _Helper) and cb.owner is owner])
+    if any(cb is not owner for cb in _ours(learn)): return
+    for m in [m for m,g in vars(learn).items() if isinstance(g, _Guard)]: delattr(learn, m)
 
 # %% ../nbs/09a_events.ipynb #ccc7355e
 class ZerosCallback(Callback):
@@ -88,8 +97,7 @@ class ZerosCallback(Callback):
         learn = self.learn
         self._stop()
         if sum(cb is self for cb in learn.cbs) > 1: return # it was there twice
-        learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, _Helper) and cb.owner is self])
-        if set(_ours(learn)) <= {self}: _Guard.remove(learn)
+        _leave(learn, self)
         self.__dict__['_learn'] = None
 
     def _bind(self, learn):
@@ -97,14 +105,15 @@ class ZerosCallback(Callback):
         self.__dict__['_learn'] = learn
         have = [type(cb) for cb in learn.cbs if isinstance(cb, _Helper) and cb.owner is self]
         learn.add_cbs([kind(self) for kind in (_First, _Last) if kind not in have])
-        _Guard.install(learn)
+        _guard(learn)
 
     def _stop(self):
-        "Leave zeros behind, and forget the fit"
-        self._hold()
+        "In a fit, leave zeros behind; and forget it"
+        if self._fitting: self._hold()
         self._close()
 
     def _close(self): self.sparsifier,self._fitting,self._opening = None,False,0
+    def _epochs_over(self): self._fitting,self._opening = False,0
 
 # %% ../nbs/09a_events.ipynb #ac624734
 @patch
@@ -112,6 +121,8 @@ def _idle(self:ZerosCallback): return hasattr(self.learn, 'lr_finder') or hasatt
 
 @patch
 def before_fit(self:ZerosCallback):
+    if self.learn is None: raise RuntimeError("this callback was removed from another Learner that it also worked for; "
+                                              "add a new one to this Learner")
     if hasattr(self.learn, 'lr_finder'): return
     if not self._idle(): self._opening += 1
     if self._opening or self.sparsifier is not None: self._add_column()
@@ -119,18 +130,11 @@ def before_fit(self:ZerosCallback):
 @patch
 def _train_begins(self:ZerosCallback):
     "The first one begins a fit, after `before_fit` or in the middle of one, but not if the callback was switched off"
-    if self._idle() or not (self._fitting or self._opening or self.run): return
+    if self._idle() or not (self._fitting or self.run): return
     if self._fitting: self._epoch = max(self._epoch+1, self.learn.epoch) # a validation before the epoch sets the Learner's to zero
     else: self.sparsifier,self._fitting,self._n_epoch,self._epoch = None,True,self.learn.n_epoch,self.learn.epoch
     self._opening,self._disturbed,self._measured,self._n_iter = 0,self._epoch != self.learn.epoch,None,len(self.learn.dl)
     if not self._n_iter: tell("the training data makes no batch (is it smaller than the batch size?), so nothing is trained or pruned")
-
-@patch
-def _epochs_over(self:ZerosCallback, aborted):
-    "After the last epoch; if it was aborted, no event will come"
-    if self._idle(): return
-    self._fitting,self._opening = False,0
-    if aborted: self._stop()
 
 @patch
 def _fit_ends(self:ZerosCallback):
@@ -208,7 +212,8 @@ def _prune(self:ZerosCallback): pass
 def _before_step(self:ZerosCallback): pass
 @patch
 def _train_ends(self:ZerosCallback):
-    if not self._opening: self._hold()
+    self._opening = 0
+    self._hold()
 @patch
 def _cancelled(self:ZerosCallback): pass
 
@@ -255,12 +260,11 @@ def _record(self:ZerosCallback):
     return self.learn.recorder if hasattr(self.learn, 'recorder') and self._is_first() else self
 
 @patch
-def _is_first(self:ZerosCallback): return self is next(cb for cb in self.learn.cbs if isinstance(cb, ZerosCallback))
+def _is_first(self:ZerosCallback): return self is _ours(self.learn)[0]
 
 @patch(as_prop=True)
 def _column(self:ZerosCallback):
-    ours = [cb for cb in self.learn.cbs if isinstance(cb, ZerosCallback)]
-    return 'sparsity' if self._is_first() else f'sparsity {ours.index(self)+1}'
+    return 'sparsity' if self._is_first() else f'sparsity {_ours(self.learn).index(self)+1}'
 
 @patch
 def _add_column(self:ZerosCallback):

@@ -4,6 +4,7 @@
 
 # %% ../nbs/10b_straight.ipynb #b10b0002
 from __future__ import annotations
+from numbers import Integral
 from typing import Callable
 import numpy as np, torch
 from torch import nn, Tensor
@@ -57,7 +58,8 @@ class StraightThrough(SparsifyCallback):
     ):
         super().__init__(sparsity, context=context, criteria=criteria, schedule=schedule, layers=layers, exclude=exclude,
                          regrow=True)
-        if not every >= 1: raise ValueError(f"every got {every}; it is the number of batches from one selection to the next, at least 1")
+        if not (isinstance(every, Integral) and every >= 1):
+            raise ValueError(f"every got {every!r}; it is the number of batches from one selection to the next, a whole number from 1")
         self.every,self.soft = every,soft
 
     def _begin(self, model):

@@ -16,15 +16,27 @@ def wanted(m, s=.8): return round(s*sum(l.weight.numel() for l in convs(m)))
 
 class At(Callback):
     "Does something at an event of a training epoch"
+    batch = None # any, or a number
     def __init__(self, event, epoch, do, order=60): self.event,self.epoch_,self.do,self.order,self.done = event,epoch,do,order,False
     def __call__(self, event):
-        if event == self.event and not self.done and self.learn.epoch == self.epoch_ and (self.learn.training or 'epoch' in event or 'valid' in event):
+        if event.endswith('batch') and self.batch not in (None, self.learn.iter): return
+        if event == self.event and not self.done and self.learn.epoch == self.epoch_ and (self.learn.training or not event.endswith('batch')):
             self.done = True
             self.do(self.learn)
 
 def stop(error):
     def do(learn): raise error('stop')
     return do
+
+def pickled(learn):
+    with learn.removed_cbs([cb for cb in learn.cbs if isinstance(cb, At)]): return pickle.loads(pickle.dumps(learn))
+
+def adding(make):
+    "To be done in the middle of a fit"
+    def add(learn):
+        if make is KeepSparsity: Sparsifier(learn.model).sparsify(.8)
+        learn.add_cb(make())
+    return add
 
 class Counted(Callback):
     "Zeros at each forward pass of a training"
@@ -57,32 +69,115 @@ def test_stopped_in_the_middle_of_a_step(learner, make, error, where):
     assert zeros(learn.model) == (counted.seen[-1] if make is KeepSparsity else wanted(learn.model))
 
 @pytest.mark.fault
-@pytest.mark.parametrize('event', ['before_epoch', 'after_batch', 'after_train', 'before_validate', 'after_epoch'])
+@pytest.mark.parametrize('event', ['before_epoch', 'after_batch', 'after_train', 'before_validate', 'after_epoch', 'after_fit'])
 @pytest.mark.parametrize('make', pruning)
 def test_an_interrupted_fit_does_not_touch_other_weights(learner, make, event):
     learn = learner(cbs=make())
     dense = copy.deepcopy(learn.model.state_dict())
-    with pytest.raises(KeyboardInterrupt): fit(learn, 4, cbs=At(event, 2, stop(KeyboardInterrupt)))
+    with pytest.raises(KeyboardInterrupt): fit(learn, 4, cbs=At(event, 3, stop(KeyboardInterrupt)))
     learn.model.load_state_dict(dense)
     learn.validate()
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ZerosCallback)])
     assert same(dense, state(learn)) and '_do_fit' not in vars(learn)
 
-@pytest.mark.fault
-@pytest.mark.parametrize('event', ['after_batch', 'after_epoch'])
-def test_an_error_that_is_caught_in_a_validation_inside(learner, event):
-    class Fails(Callback):
-        def before_validate(self):
-            if self.learn.nested: raise RuntimeError('caught')
-    def validate(learn):
-        learn.nested = True
+class Broken(Callback):
+    "Breaks a validation inside of a fit, just after it was announced; somebody catches that"
+    on,order = False,70
+    def before_fit(self):
+        if self.on: raise RuntimeError('broken')
+    def validate(self, learn):
+        self.on = True
         try: learn.validate()
         except RuntimeError: pass
-        learn.nested = False
+        self.on = False
+
+line = lambda start, end, pos: start + (end-start)*pos
+
+@pytest.mark.fault
+@pytest.mark.parametrize('event,batch', [('before_epoch', 0), ('after_batch', 0), ('after_batch', 5), ('after_epoch', 0)])
+@pytest.mark.parametrize('make', [SparsifyCallback, StraightThrough])
+def test_an_error_that_is_caught_in_a_validation_inside(learner, make, event, batch):
+    learn,broken = learner(),Broken()
+    at = At(event, 2, lambda learn: broken.validate(learn), order=-50)
+    at.batch = batch
+    fit(learn, 3, cbs=[make(.8, schedule=line), broken, at])
+    assert at.done and zeros(learn.model) == wanted(learn.model)
+
+@pytest.mark.situation
+def test_twice_in_a_learner_with_a_validation_in_the_last_batch(learner):
+    cb = SparsifyCallback(.8, schedule=line)
+    learn,at = learner(cbs=[cb, cb]),At('after_batch', 1, lambda learn: learn.validate(), order=-50)
+    at.batch = 5
+    fit(learn, 2, cbs=at)
+    assert at.done and zeros(learn.model) == wanted(learn.model)
+
+@pytest.mark.fault
+@pytest.mark.parametrize('make', pruning)
+def test_switched_off_after_a_fit_that_did_not_begin(learner, make):
+    learn,broken = learner(cbs=make()),Broken()
+    broken.on = True
+    with pytest.raises(RuntimeError): fit(learn, 1, cbs=broken)
+    for cb in learn.cbs: cb.run = not isinstance(cb, ZerosCallback)
+    fit(learn, 2)
+    assert zeros(learn.model) == 0
+
+@pytest.mark.situation
+@pytest.mark.parametrize('how', [copy.deepcopy, pickled])
+@pytest.mark.parametrize('make', pruning)
+def test_a_copy_made_in_the_middle_of_a_fit(learner, make, how):
+    "It is in no fit: neither its schedule nor its masks go on"
+    copies,learn = [],learner(cbs=make())
+    fit(learn, 4, how='fit', cbs=At('after_epoch', 1, lambda learn: copies.append(how(learn))))
+    other = copies[0]
+    other.remove_cbs([cb for cb in other.cbs if isinstance(cb, At)])
+    other.model,other.opt = conv_net(16),None
+    fit(other, 2)
+    for l in [learn, other]: assert zeros(l.model) == (0 if make is KeepSparsity else wanted(l.model))
+
+@pytest.mark.fault
+@pytest.mark.parametrize('make', pruning)
+def test_stopped_after_it_came_in_the_middle(learner, make):
     learn = learner()
-    learn.nested = False
-    fit(learn, 3, cbs=[SparsifyCallback(.8), Fails(), At(event, 1, validate, order=-50)])
-    assert zeros(learn.model) == wanted(learn.model)
+    learn.create_opt()
+    real,steps,counted = learn.opt.step,[],Counted()
+    def step():
+        real()
+        steps.append(1)
+        if len(steps) == 15: raise KeyboardInterrupt
+    learn.opt.step = step
+    with pytest.raises(KeyboardInterrupt): fit(learn, 4, how='fit', cbs=[At('before_epoch', 1, adding(make)), counted])
+    learn.opt.step = real
+    assert zeros(learn.model) == counted.seen[-1] > 100
+    dense = conv_net().state_dict()
+    learn.model.load_state_dict(dense)
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ZerosCallback)])
+    assert same(dense, state(learn)) and not {'_do_fit', 'one_batch'} & set(vars(learn))
+
+@pytest.mark.situation
+def test_another_one_stays(learner):
+    learn = learner(cbs=SparsifyCallback(.5, layers='0'))
+    fit(learn, 1, cbs=SparsifyCallback(.8, layers='3')) # it goes, the guard stays
+    learn.model,learn.opt = conv_net(),None
+    counted = Counted()
+    with pytest.raises(KeyboardInterrupt): fit(learn, 3, cbs=[counted, At('after_step', 2, stop(KeyboardInterrupt), order=float('-inf'))])
+    assert zeros(learn.model) >= counted.seen[-1] > 50
+
+@pytest.mark.situation
+@pytest.mark.parametrize('order', ['first', 'last'])
+def test_one_callback_leaves_two_learners(learner, order):
+    cb = SparsifyCallback(.8)
+    a,b = learner(cbs=cb),learner(cbs=cb)
+    for l in ([a, b] if order == 'first' else [b, a]): l.remove_cb(cb)
+    for l in (a, b):
+        fit(l, 1)
+        assert zeros(l.model) == 0 and not {'_do_fit', 'one_batch'} & set(vars(l))
+
+@pytest.mark.bad_input
+def test_removed_from_the_wrong_learner(learner):
+    cb = SparsifyCallback(.8)
+    a,b = learner(cbs=cb),learner(cbs=cb)
+    a.remove_cb(cb) # it works for the last one
+    with pytest.raises(RuntimeError, match='add a new one'): fit(b, 1)
 
 @pytest.mark.situation
 @pytest.mark.parametrize('make', pruning)
@@ -101,11 +196,13 @@ def test_switched_off_for_a_fit(learner, make):
 @pytest.mark.parametrize('event', ['before_epoch', 'before_batch', 'after_batch', 'before_validate', 'after_epoch'])
 @pytest.mark.parametrize('make', pruning)
 def test_added_in_the_middle_of_a_fit(learner, make, event):
+    if make is KeepSparsity and event == 'before_batch': pytest.skip('it begins at the next batch, when the zeros are gone')
     learn = learner()
-    if make is KeepSparsity: fit(learn, 2, cbs=SparsifyCallback(.8))
-    fit(learn, 4, cbs=At(event, 1, lambda learn: learn.add_cb(make())))
-    if make is not KeepSparsity: assert zeros(learn.model) == wanted(learn.model)
-    learn.validate()
+    fit(learn, 4, cbs=At(event, 1, adding(make)))
+    before = zeros(learn.model)
+    assert abs(before - wanted(learn.model)) < 2 # local for one of them, lamp for the others
+    fit(learn, 1) # it has come to stay
+    assert zeros(learn.model) == before
 
 @pytest.mark.situation
 def test_the_same_callback_in_the_learner_and_in_fit(learner):
@@ -196,3 +293,14 @@ def test_no_batch_to_train_with(learner, make):
     learn = learner(n=6, bs=8)
     with pytest.warns(UserWarning, match='makes no batch'): fit(learn, 1, cbs=make())
     assert zeros(learn.model) == 0
+
+@pytest.mark.situation
+def test_gradients_of_layers_that_thaw(learner):
+    "A network with dense weights inside never computes anything"
+    class Turns(Callback):
+        def before_epoch(self):
+            for i,on in ((0, self.epoch == 0), (3, self.epoch == 1), (6, False)): self.learn.model[i].weight.requires_grad_(on)
+    learn,counted = learner(),Counted()
+    fit(learn, 2, cbs=[StraightThrough(.8, 'local', taylor, schedule=lambda start, end, pos: end), Turns(), counted])
+    first,both = (sum(round(.8*learn.model[i].weight.numel()) for i in which) for which in ((0,), (0, 3)))
+    assert counted.seen == [0] + [first]*6 + [both]*5 # scored after the first backward pass
