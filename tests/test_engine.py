@@ -163,6 +163,17 @@ def test_inputs_and_outputs_that_are_not_of_items(n, end, items, always_faster):
         with torch.no_grad(): torch.testing.assert_close(fast(*i), m(*i), rtol=1e-4, atol=1e-4)
     assert len(fast.programs) <= (n + 1 if items else 4)
 
+few = [(lambda y, t, k: y/t[0], torch.arange(2, 7), 'a whole number'), (lambda y, t, k: y - t[0], torch.arange(5.), 'zero'),
+       (lambda y, t, k: y*t.any(), torch.tensor([True, False, False, True, True]), 'a bool'), (lambda y, t, k: y - y.roll(2, 0), torch.rand(5), 'the one before the last'),
+       (lambda y, t, k: (y - y.mean(0)).flatten(1).argmax(1), torch.rand(5), 'a class')]
+@pytest.mark.parametrize('end,t', [f[:2] for f in few], ids=[f[2] for f in few])
+@pytest.mark.parametrize('n', [1, 2])
+def test_dependence_that_is_hard_to_see(n, end, t, always_faster):
+    "Other items may look the same as the sample, or their outputs"
+    m,x = sparse(Beside(end)),torch.randn(5, 3, 8, 8)
+    fast = fast_cpu(m, (x[:n], t[:n]))
+    with torch.no_grad(): torch.testing.assert_close(fast(x, t), m(x, t), rtol=1e-4, atol=1e-4)
+
 @pytest.mark.parametrize('value', [torch.tensor([2.]), torch.tensor(2.)])
 def test_one_value_for_all_images(value, always_faster):
     "Images of the sample's number or of another, and a value that is not one of each"
