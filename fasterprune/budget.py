@@ -4,6 +4,8 @@
 
 # %% ../nbs/08b_budget.ipynb #ba3a5edb
 from __future__ import annotations
+import math
+from numbers import Real
 from typing import Callable
 from fastcore.basics import patch
 from .contexts import check_context, layer_shares, one_threshold, share_out, uniform, unscaled
@@ -14,7 +16,7 @@ from .sparsity import check_sparsity
 from .tables import shortened
 
 # %% auto #0
-__all__ = ['best_context', 'check_settings', 'Budget']
+__all__ = ['best_context', 'check_settings', 'check_steps', 'Budget']
 
 # %% ../nbs/08b_budget.ipynb #abd945bd
 def _check_together(granularity, context, coupled):
@@ -46,6 +48,33 @@ def check_settings(
     _check_together(granularity, context, coupled)
     check_context(context)
     return check_criteria(criteria)
+
+# %% ../nbs/08b_budget.ipynb #b0d9e002
+def _check_pattern(granularity, targets):
+    "A pattern ends at its own sparsity"
+    end = final_sparsity(granularity)
+    wrong = [t for t in targets if end < 1 and not math.isclose(t, end, abs_tol=1e-9)]
+    if wrong: raise ValueError(f"granularity {granularity!r} is a pattern with a sparsity of {end:g}; sparsity got {wrong[0]:g}")
+
+def _check_epochs(start, end):
+    numbers = isinstance(start, Real) and (end is None or isinstance(end, Real))
+    if numbers and start >= 0 and (end is None or start < end): return
+    raise ValueError(f"start_epoch got {start!r} and end_epoch {end!r}; pruning needs numbers with 0 <= start_epoch < end_epoch")
+
+def check_steps(
+    granularity:str|tuple, # As for `SparsifyCallback`
+    targets:list, # Sparsities at the end
+    start_epoch:int=0, # As for `SparsifyCallback`
+    end_epoch:int|None=None, # As for `SparsifyCallback`
+    min_change:float=.02, # As for `SparsifyCallback`
+    regrow:bool=False, # As for `SparsifyCallback`
+):
+    "What can be wrong with pruning step by step, whatever the network; `TypeError` or `ValueError` with what is allowed."
+    _check_pattern(granularity, targets)
+    _check_epochs(start_epoch, end_epoch)
+    if not (isinstance(min_change, Real) and 0 <= min_change < 1):
+        raise ValueError(f"min_change got {min_change!r}; it is a fraction of the surviving weights, in [0, 1)")
+    if not isinstance(regrow, bool): raise TypeError(f"regrow got {regrow!r}; it is True (pruned weights may grow again) or False")
 
 # %% ../nbs/08b_budget.ipynb #69b9fc12
 class Budget:

@@ -5,15 +5,14 @@
 # %% ../nbs/10_callback.ipynb #d217d54e
 from __future__ import annotations
 import math
-from numbers import Real
 from typing import Callable
 from torch import nn
 from fastcore.basics import patch
 from fastai.callback.tracker import SaveModelCallback
-from .budget import best_context, check_settings
+from .budget import best_context, check_settings, check_steps
 from .criteria import magnitude
 from .events import ZerosCallback
-from .granularity import check_granularity, final_sparsity
+from .granularity import check_granularity
 from .layers import tell
 from .members import PrunedLayer
 from .names import explain_names
@@ -48,29 +47,13 @@ class SparsifyCallback(ZerosCallback):
         if context is None: context = best_context(check_granularity(granularity), sparsity)
         check_settings(granularity, context, criteria, coupled)
         check_schedule(schedule, max(self._targets()), regrow)
-        _check_pattern(granularity, self._targets())
-        _check_epochs(start_epoch, end_epoch)
-        if not (isinstance(min_change, Real) and 0 <= min_change < 1):
-            raise ValueError(f"min_change got {min_change!r}; it is a fraction of the surviving weights, in [0, 1)")
-        if not isinstance(regrow, bool): raise TypeError(f"regrow got {regrow!r}; it is True (pruned weights may grow again) or False")
+        check_steps(granularity, self._targets(), start_epoch, end_epoch, min_change, regrow)
         if isinstance(sparsity, dict): layers,exclude = list(sparsity),()
         self.schedule,self.start_epoch,self.end_epoch,self.min_change = schedule,start_epoch,end_epoch,min_change
         self.how = dict(granularity=granularity, context=context, criteria=criteria, layers=layers, exclude=exclude,
                         regrow=regrow, coupled=coupled)
 
     def _targets(self): return list(self.target.values()) if isinstance(self.target, dict) else [self.target]
-
-# %% ../nbs/10_callback.ipynb #be122975
-def _check_pattern(granularity, targets):
-    "A pattern ends at its own sparsity"
-    end = final_sparsity(granularity)
-    wrong = [t for t in targets if end < 1 and not math.isclose(t, end, abs_tol=1e-9)]
-    if wrong: raise ValueError(f"granularity {granularity!r} is a pattern with a sparsity of {end:g}; sparsity got {wrong[0]:g}")
-
-def _check_epochs(start, end):
-    numbers = isinstance(start, Real) and (end is None or isinstance(end, Real))
-    if numbers and start >= 0 and (end is None or start < end): return
-    raise ValueError(f"start_epoch got {start!r} and end_epoch {end!r}; pruning needs numbers with 0 <= start_epoch < end_epoch")
 
 # %% ../nbs/10_callback.ipynb #40b491cc
 @patch
