@@ -200,7 +200,7 @@ def _train_ends(self:SparsifyCallback):
     self._opening = 0
     if self.sparsifier is None: return
     self._hold()
-    if self._epoch == self._n_epoch-1 and self._trained: self._last_step()
+    if max(self._epoch, self.learn.epoch) == self._n_epoch-1 and self._trained: self._last_step() # also if that epoch was cancelled
     self._hold()
 
 @patch

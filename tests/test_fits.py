@@ -2,7 +2,7 @@
 import copy, pickle
 import pytest, torch
 from torch import nn
-from fastai.basics import Callback, CancelFitException, params
+from fastai.basics import Callback, CancelEpochException, CancelTrainException, params
 from fastai.callback.all import GradientAccumulation
 from fasterprune.all import *
 from fasterprune.events import ZerosCallback
@@ -304,3 +304,11 @@ def test_gradients_of_layers_that_thaw(learner):
     fit(learn, 2, cbs=[StraightThrough(.8, 'local', taylor, schedule=lambda start, end, pos: end), Turns(), counted])
     first,both = (sum(round(.8*learn.model[i].weight.numel()) for i in which) for which in ((0,), (0, 3)))
     assert counted.seen == [0] + [first]*6 + [both]*5 # scored after the first backward pass
+
+@pytest.mark.situation
+@pytest.mark.parametrize('event,error', [('before_epoch', CancelEpochException), ('before_train', CancelEpochException), ('before_train', CancelTrainException)])
+@pytest.mark.parametrize('make', [SparsifyCallback, StraightThrough])
+def test_a_last_epoch_that_is_cancelled(learner, make, event, error):
+    learn = learner()
+    fit(learn, 3, cbs=[make(.8, schedule=line), At(event, 2, stop(error))])
+    assert zeros(learn.model) == wanted(learn.model)
