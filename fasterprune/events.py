@@ -29,7 +29,7 @@ class _First(_Helper):
     order = float('-inf')
     def before_fit(self):
         if any(cb is self.owner for cb in self.learn.cbs): self.owner._bind(self.learn)
-        else: _leave(self.learn, self.owner) # it was removed, while it worked for another Learner
+        else: _remove_helpers(self.learn, self.owner) # it was removed, while it worked for another Learner
     def after_backward(self): self.owner._mask_grads()
     def after_step(self): self.owner._mask_weights()
     def after_epoch(self): self.owner._write_column()
@@ -72,7 +72,7 @@ def _guard(learn):
     for m in ('_do_fit', 'one_batch'):
         if hasattr(type(learn), m): vars(learn).setdefault(m, _Guard(learn, m))
 
-def _leave(learn, owner):
+def _remove_helpers(learn, owner):
     "Remove the helpers of a callback, and the guards if no other of ours is left"
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, _Helper) and cb.owner is owner])
     if any(cb is not owner for cb in _ours(learn)): return
@@ -97,7 +97,7 @@ class ZerosCallback(Callback):
         learn = self.learn
         self._stop()
         if sum(cb is self for cb in learn.cbs) > 1: return # it was there twice
-        _leave(learn, self)
+        _remove_helpers(learn, self)
         self.__dict__['_learn'] = None
 
     def _bind(self, learn):
