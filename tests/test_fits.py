@@ -312,3 +312,19 @@ def test_a_last_epoch_that_is_cancelled(learner, make, event, error):
     learn = learner()
     fit(learn, 3, cbs=[make(.8, schedule=line), At(event, 2, stop(error))])
     assert zeros(learn.model) == wanted(learn.model)
+
+@pytest.mark.fault
+def test_an_error_in_a_batch_of_a_validation_that_is_caught(learner):
+    "The fit goes on as it was; the history is that of one fit"
+    class Fails(Callback):
+        def after_pred(self):
+            if not self.learn.training and self.learn.nested: raise RuntimeError('caught')
+    def validate(learn):
+        learn.nested = True
+        try: learn.validate()
+        except RuntimeError: pass
+        learn.nested = False
+    learn = learner()
+    learn.nested = False
+    fit(learn, 3, cbs=[SparsifyCallback(.8, schedule=line), Fails(), At('after_epoch', 1, validate, order=-50)])
+    assert zeros(learn.model) == wanted(learn.model) and len(learn.recorder.sparsity_scheduled) == 3*6 + 1
