@@ -328,3 +328,13 @@ def test_an_error_in_a_batch_of_a_validation_that_is_caught(learner):
     learn.nested = False
     fit(learn, 3, cbs=[SparsifyCallback(.8, schedule=line), Fails(), At('after_epoch', 1, validate, order=-50)])
     assert zeros(learn.model) == wanted(learn.model) and len(learn.recorder.sparsity_scheduled) == 3*6 + 1
+
+@pytest.mark.fault
+def test_the_guard_stays_when_another_one_goes(learner):
+    learn = learner(cbs=SparsifyCallback(.5))
+    fit(learn, 1, cbs=KeepSparsity())
+    with pytest.raises(KeyboardInterrupt): fit(learn, 3, cbs=At('after_epoch', 1, stop(KeyboardInterrupt)))
+    dense = conv_net().state_dict()
+    learn.model.load_state_dict(dense)
+    learn.remove_cb(learn.sparsify)
+    assert same(dense, state(learn))
