@@ -4,6 +4,7 @@
 
 # %% ../nbs/09a_events.ipynb #53558fc1
 from __future__ import annotations
+import math, sys
 from fastcore.basics import patch
 from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException,
                                   CancelValidException)
@@ -26,7 +27,8 @@ class _Helper(Callback):
 
 class _First(_Helper):
     "Comes before all other callbacks"
-    order = float('-inf')
+    @property
+    def order(self): return -sys.float_info.max if self.owner._after_ours else -math.inf
     def before_fit(self):
         if any(cb is self.owner for cb in self.learn.cbs): self.owner._bind(self.learn)
         else: _remove_helpers(self.learn, self.owner) # it was removed, while it worked for another Learner
@@ -36,7 +38,9 @@ class _First(_Helper):
 
 class _Last(_Helper):
     "Comes after all other callbacks, in validation as well"
-    order,run_valid = float('inf'),True
+    run_valid = True
+    @property
+    def order(self): return math.inf if self.owner._after_ours else sys.float_info.max
     def before_train(self): self.owner._train_begins()
     def before_batch(self): self.owner._step()
     def before_step(self): self.owner._before_step()
@@ -83,6 +87,7 @@ class ZerosCallback(Callback):
     "Keeps the zeros of a `Sparsifier` during a fit; what `SparsifyCallback` and `KeepSparsity` have in common."
     order,run_valid = Recorder.order+1,False
     sparsifier,_fitting,_disturbed,_strangers = None,False,False,True
+    _after_ours = False # do other callbacks of ours come before this one, whatever the order in which they were added?
     _opening = 0 # how many `before_fit` without a training epoch or an end
 
     @property

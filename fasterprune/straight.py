@@ -44,6 +44,7 @@ def _largest_pruned(layer, dense):
 # %% ../nbs/10b_straight.ipynb #b10b0010
 class StraightThrough(SparsifyCallback):
     "Prune single weights for both passes, and train the dense weights behind them; the network ends at exactly `sparsity`."
+    _after_ours = True # their zeros stay zeros of the dense weights, and count
     _dense,_inside = None,False # from each layer to its dense weights; does the network hold them at this moment?
     @explain_names
     def __init__(self,

@@ -10,7 +10,8 @@ from fasterprune.all import *
 criteria = [magnitude, small_final, squared, large_init, small_init, large_init_large_final, small_init_small_final, magnitude_increase, movement, movement_magnitude,
             updating_magnitude_increase, updating_movement, updating_movement_magnitude, gradient_magnitude, taylor, wanda, random_score]
 trainings = [dict(criteria=c) for c in criteria] + [dict(context=c) for c in ('erk', 'global', 'lamp')] + [dict(context='global', criteria=c) for c in (taylor, wanda, random_score)] + \
-            [dict(granularity='filter', criteria=wanda), dict(granularity='kernel', context='global')]
+            [dict(granularity='filter', criteria=wanda), dict(granularity='kernel', context='global')] + \
+            [dict(kind=StraightThrough, context=c, criteria=taylor if c == 'global' else magnitude) for c in ('local', 'global', 'lamp')]
 
 def learner(rank, net):
     g = torch.Generator().manual_seed(rank) # each rank sees data of its own
@@ -21,10 +22,12 @@ def learner(rank, net):
     return Learner(dls, DistributedDataParallel(net), loss_func=CrossEntropyLossFlat())
 
 def train(rank, how):
+    kind = how.get('kind', SparsifyCallback)
+    how = {k: v for k,v in how.items() if k != 'kind'}
     from conftest import conv_net
     set_seed(0); net = conv_net()
     learn = learner(rank, net)
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2, cbs=SparsifyCallback(**{'sparsity': .8, **how}))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2, cbs=kind(**{'sparsity': .8, **how}))
     return net
 
 def shrunk(rank):

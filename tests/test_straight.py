@@ -203,3 +203,17 @@ def test_selections_are_made_every_so_many_batches(learner, schedule, monkeypatc
     fit(learn, 1, cbs=StraightThrough(.9, schedule=schedule, every=4))
     n = len(learn.dls.train)
     assert made.count(True) == (-(-n//4) if schedule is flat else n) # a schedule that moves fast is followed
+
+def and_filters(): return SparsifyCallback(.5, 'filter', exclude='0')
+@pytest.mark.situation
+@pytest.mark.parametrize('others', [[KeepSparsity], [and_filters], [and_filters, KeepSparsity]], ids=lambda fs: '-'.join(f.__name__ for f in fs))
+@pytest.mark.parametrize('first', [True, False], ids=['first', 'last'])
+def test_zeros_of_others_count_in_whatever_order(learner, others, first):
+    learn = learner(model=conv_net(16))
+    Sparsifier(learn.model).sparsify(.5)
+    gone = [l.weight == 0 for l in convs(learn.model)]
+    mine,theirs = StraightThrough(.9),[f() for f in others]
+    fit(learn, 3, cbs=[mine, *theirs] if first else [*theirs, mine])
+    zeros = measured_sparsity(learn.model)
+    assert zeros.zeros == round(.9*zeros.n)
+    if KeepSparsity in others: assert all((l.weight[g] == 0).all() for l,g in zip(convs(learn.model), gone))
