@@ -185,10 +185,10 @@ def _before_validate(self:ZerosCallback):
     if not (self._idle() or self._opening): self._hold(moved=not self._strangers)
 
 @patch
-def _mask_weights(self:ZerosCallback):
+def _mask_weights(self:ZerosCallback, moved=False):
     if self.sparsifier is None or self._idle(): return
     if not (self._reads_grads and self.sparsifier.regrow): self.sparsifier.record_grad()
-    self.sparsifier.apply()
+    self.sparsifier.apply(moved)
 
 @patch
 def _step(self:ZerosCallback):

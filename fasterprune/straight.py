@@ -11,6 +11,8 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from .callback import SparsifyCallback
 from .criteria import magnitude
+from .masks import Group
+from .members import PrunedLayer
 from .names import explain_names
 from .schedules import sched_agp, sched_between
 from .scores import in_single
@@ -29,14 +31,38 @@ def soft_threshold(
     return cubes.log_().div_(3).exp_().mul_(w.sign()).to(weights.dtype) # PyTorch's power is ten times slower
 
 # %% ../nbs/10b_straight.ipynb #b10d026f
-def _soften_layer(layer, t, group):
-    "`soft_threshold`, written into the weight of a layer of `group` that is pruned"
-    w,row = layer.weight,layer.flat(layer.weight) # a view where the weight is dense in memory
-    if w.device.type == 'cpu' and row.data_ptr() == w.data_ptr() and 2*group.n_pruned >= group.n:
-        kept = torch.from_numpy(np.flatnonzero(group.mask.numpy()))
-        row.index_copy_(0, kept, soft_threshold(row.index_select(0, kept), t))
-    else: w.copy_(soft_threshold(w, t))
-    layer.seen()
+class _Shown:
+    "What the network computes with in a layer: its dense weights, pruned and perhaps softened"
+    def __init__(self,
+        layer:PrunedLayer, # Of single weights
+        dense:Tensor, # In the shape of its weight
+        group:Group, # Its mask
+        soft:bool, # Soften?
+    ):
+        self.layer,self.group = layer,group
+        self.t = _largest_pruned(layer, dense) if soft and group.n_pruned else None
+        self.kept = _few_kept(layer, group)
+
+    def write(self,
+        dense:Tensor, # In the shape of the weight
+        clean:bool, # Is what is pruned zero already?
+    ):
+        "Write it into the weight."
+        w,layer = self.layer.weight,self.layer
+        if clean and self.kept is not None and layer.flat(w).data_ptr() == w.data_ptr():
+            layer.flat(w).index_copy_(0, self.kept, self._soft(layer.flat(dense).index_select(0, self.kept)))
+        else:
+            w.copy_(dense)
+            self.group.apply()
+            if self.t is not None: w.copy_(self._soft(w))
+        layer.seen()
+
+    def _soft(self, w): return w if self.t is None else soft_threshold(w, self.t)
+
+def _few_kept(layer, group):
+    "On a CPU, if not more than half of the weights are: where they are in the row"
+    if layer.weight.device.type != 'cpu' or 2*group.n_pruned < group.n: return None
+    return torch.from_numpy(np.flatnonzero(group.mask.numpy()))
 
 def _largest_pruned(layer, dense):
     return (in_single(dense) - in_single(layer.weight)).abs_().amax() # nothing but what is pruned is left of the difference
@@ -45,7 +71,7 @@ def _largest_pruned(layer, dense):
 class StraightThrough(SparsifyCallback):
     "Prune single weights for both passes, and train the dense weights behind them; the network ends at exactly `sparsity`."
     _after_ours = True # their zeros stay zeros of the dense weights, and count
-    _dense,_inside = None,False # from each layer to its dense weights; does the network hold them at this moment?
+
     @explain_names
     def __init__(self,
         sparsity:float|dict, # As for `SparsifyCallback`
@@ -62,9 +88,17 @@ class StraightThrough(SparsifyCallback):
         if not (isinstance(every, Integral) and every >= 1):
             raise ValueError(f"every got {every!r}; it is the number of batches from one selection to the next, a whole number from 1")
         self.every,self.soft = every,soft
+        self._forget()
+
+    def _forget(self):
+        self._dense = None # from each layer to its dense weights
+        self._aside = {} # from each layer to the pruned weights, while the network holds the dense ones
+        self._shown,self._clean = {},() # from each layer to what is shown of it; those in which nothing else was written
+        self._half_done = False # is a selection not completed?
 
     def _begin(self, model):
-        self._dense,self._thresholds,self._inside = {},{},False
+        self._forget()
+        self._dense = {}
         return super()._begin(model)
 
     def _due(self, s): return self.learn.iter % self.every == 0 or super()._due(s)
@@ -75,22 +109,20 @@ def _prune_to(self:StraightThrough, s, groups, **kwargs):
     prune = super(StraightThrough, self)._prune_to
     if self._dense is None: return prune(s, groups, **kwargs) # the end
     for l in [l for g in groups for l in g.layers if l not in self._dense]: self._dense[l] = l.weight.clone()
-    self._put_dense()
+    self._half_done = True
+    for l,d in self._dense.items(): l.weight.copy_(d)
     prune(s, groups, anew=True, **kwargs)
-    self._inside = False
-    self._thresholds = {l: _largest_pruned(l, d) for l,d in self._dense.items()}
-    self._soften()
+    self._shown = {l: _Shown(l, self._dense[l], g, self.soft) for g in self.sparsifier.groups for l in g.layers if l in self._dense}
+    self._show(clean=self._shown)
 
 @patch
-def _put_dense(self:StraightThrough):
-    for l,d in (self._dense or {}).items(): l.weight.copy_(d)
-    self._inside = bool(self._dense)
-
-@patch
-def _soften(self:StraightThrough):
-    if not self.soft: return
-    for g in self.sparsifier.groups:
-        for l in [l for l in g.layers if g.n_pruned and l in self._thresholds]: _soften_layer(l, self._thresholds[l], g)
+def _show(self:StraightThrough,
+    clean=(), # Layers in which what is pruned is zero already
+):
+    "Write what the network computes with"
+    with torch.no_grad():
+        for l,shown in self._shown.items(): shown.write(self._dense[l], l in clean)
+    self._half_done = False
 
 # %% ../nbs/10b_straight.ipynb #b10b0014
 @patch
@@ -99,35 +131,55 @@ def _mask_grads(self:StraightThrough):
 
 @patch
 def _before_step(self:StraightThrough):
-    if self.sparsifier is not None and not self._idle(): self._put_dense()
+    if self.sparsifier is None or self._idle(): return
+    self._clean = [l for l in self._shown if not (self._strangers or l.moved)]
+    for l in self._shown: self._put_dense(l)
+
+@patch
+def _put_dense(self:StraightThrough, layer):
+    p,d = layer.module.weight,self._dense[layer]
+    if (d.device, d.dtype, d.stride()) != (p.device, p.dtype, p.stride()): d = torch.empty_like(p, requires_grad=False).copy_(d)
+    self._aside[layer] = p.data
+    p.data = d
+
+@patch
+def _take_dense(self:StraightThrough) -> bool: # Were they inside?
+    "Give the parameters their own tensors again"
+    inside = bool(self._aside)
+    for l,own in self._aside.items():
+        p = l.module.weight
+        self._dense[l],p.data = p.data,own
+    self._aside = {}
+    return inside
 
 @patch
 def _mask_weights(self:StraightThrough):
     inside = self._take_dense()
-    super(StraightThrough, self)._mask_weights()
-    if inside: self._soften()
-
-@patch
-def _take_dense(self:StraightThrough):
-    "Remember what the step has made of the dense weights; were they inside?"
-    inside,self._inside = self._inside,False
-    if inside:
-        for l,d in self._dense.items(): d.copy_(l.weight)
-    return inside
+    if inside: self._show(self._clean)
+    super(StraightThrough, self)._mask_weights(moved=inside)
 
 # %% ../nbs/10b_straight.ipynb #b10b0016
 @patch
+def _step(self:StraightThrough):
+    self._restore()
+    super(StraightThrough, self)._step()
+
+@patch
 def _hold(self:StraightThrough, moved=False):
-    inside = self.sparsifier is not None and self._take_dense()
-    super(StraightThrough, self)._hold(moved and not inside)
-    if inside: self._soften()
+    self._restore()
+    super(StraightThrough, self)._hold(moved)
+
+@patch
+def _restore(self:StraightThrough):
+    "After a step or a selection that was not completed"
+    if self._take_dense() or self._half_done: self._show()
 
 @patch
 def _last_step(self:StraightThrough):
-    self._dense = None
+    self._forget()
     super(StraightThrough, self)._last_step()
 
 @patch
 def _close(self:StraightThrough):
     super(StraightThrough, self)._close()
-    self._dense,self._thresholds = None,{}
+    self._forget()

@@ -217,3 +217,24 @@ def test_zeros_of_others_count_in_whatever_order(learner, others, first):
     zeros = measured_sparsity(learn.model)
     assert zeros.zeros == round(.9*zeros.n)
     if KeepSparsity in others: assert all((l.weight[g] == 0).all() for l,g in zip(convs(learn.model), gone))
+
+def test_the_parameters_have_their_own_tensor_outside_the_step(learner):
+    learn,seen = learner(),set()
+    class Where(Callback):
+        def __call__(self, event):
+            if self.training and event != 'before_step': seen.add((event, *(l.weight.data_ptr() for l in convs(self.learn.model))))
+    before = tuple(l.weight.data_ptr() for l in convs(learn.model))
+    fit(learn, 2, cbs=[StraightThrough(.75), Where()])
+    assert len(seen) > 5 and {s[1:] for s in seen} == {before}
+
+@pytest.mark.situation
+@pytest.mark.parametrize('change', [lambda m: m.to(memory_format=torch.channels_last), lambda m: m.load_state_dict(conv_net().state_dict()),
+                                    lambda m: m.to(torch.float64).to(torch.float32)], ids=['layout', 'other weights', 'new tensors'])
+def test_the_weights_are_replaced_in_the_middle(learner, change):
+    learn = learner()
+    class Change(Callback):
+        def before_batch(self):
+            if self.training and self.train_iter == 7: change(self.learn.model)
+    fit(learn, 2, cbs=[StraightThrough(.75), Change(), Watch()])
+    zeros = measured_sparsity(learn.model)
+    assert zeros.zeros == round(.75*zeros.n)
