@@ -11,9 +11,12 @@ from fastcore.basics import patch, patch_to
 from fastai.learner import Learner, Recorder, join_path_file
 from fastai.torch_core import rank_distrib
 from . import engine, report, saved, storage
+from .events import ZerosCallback
 from .find import sparsity_find
+from .layers import prunable_types, tell
 from .optimizers import cut_optimizer
 from .probe import as_inputs, copied, unwrap
+from .sparsifier import worked_on
 from .surgery import cut_channels, wrapped_like
 from .tables import new_axes
 from .trial import as_before, one_batch
@@ -65,6 +68,28 @@ def sparsity_report(self:Learner,
     "`fasterprune.report.sparsity_report` of the model. The Learner is left as it was."
     if sample is None: sample = _one_item(self)
     with as_before(self): return report.sparsity_report(unwrap(self.model), sample, layers, exclude, latency, fast)
+
+# %% ../nbs/17_learner.ipynb #17ab0002
+def _zeros_at_risk(model):
+    "Of the weights that train, the fraction that is zero"
+    weights = [m._parameters.get('weight') for m in model.modules() if isinstance(m, prunable_types)]
+    weights = [w.detach() for w in weights if w is not None and w.requires_grad]
+    return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.numel() for w in weights))
+
+def _remind(learn):
+    "Warn if this fit loses the zeros of a network that was pruned here"
+    model = unwrap(learn.model)
+    kept = any(isinstance(cb, ZerosCallback) for cb in learn.cbs)
+    share = 0. if kept or model not in worked_on or hasattr(learn, 'lr_finder') else _zeros_at_risk(model)
+    if share < .01: return
+    worked_on.discard(model)
+    tell(f"{share:.1%} of the weights are zero, and this fit has no callback that keeps them: they will be lost. "
+         "To keep them pass cbs=KeepSparsity(), or a SparsifyCallback")
+
+@patch
+def _do_fit(self:Learner, _as_ever=Learner._do_fit):
+    _remind(self)
+    _as_ever(self)
 
 # %% ../nbs/17_learner.ipynb #fb8918d7
 def _file(learn, file): return join_path_file(file, learn.path/learn.model_dir, ext='.safetensors.zst')

@@ -1,0 +1,63 @@
+"A later fit without a callback loses zeros: it is said once, and only then"
+import warnings
+import pytest
+from torch import nn
+from fasterprune.all import *
+from conftest import conv_net, fit
+
+def told(learn, **kwargs):
+    "What a fit says of zeros that will be lost"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        fit(learn, 1, **kwargs)
+    return [str(w.message) for w in said if 'they will be lost' in str(w.message)]
+
+def pruned(learner, **kwargs):
+    learn = learner(**kwargs)
+    fit(learn, 1, cbs=SparsifyCallback(.8))
+    return learn
+
+@pytest.mark.situation
+def test_it_is_said_once(learner):
+    learn = pruned(learner)
+    said = told(learn)
+    assert len(said) == 1 and 'KeepSparsity' in said[0] and float(measured_sparsity(learn.model)) < .1
+    assert told(learn) == []
+
+@pytest.mark.situation
+def test_whoever_has_pruned(learner):
+    learn = learner()
+    Sparsifier(learn.model, layers=(nn.Conv2d, nn.Linear)).sparsify(.5)
+    assert said_share(told(learn)) == pytest.approx(50, abs=1)
+
+def said_share(said): return float(said[0].partition('%')[0])
+
+@pytest.mark.situation
+@pytest.mark.parametrize('cbs', [KeepSparsity, lambda: SparsifyCallback(.9), lambda: StraightThrough(.9)])
+def test_not_if_something_keeps_them(learner, cbs):
+    learn = pruned(learner)
+    assert told(learn, cbs=cbs()) == [] and len(told(learn)) == 1
+
+@pytest.mark.situation
+def test_not_of_dense_networks(learner):
+    learn = learner()
+    assert told(learn) == []
+    fit(learn, 1, cbs=SparsifyCallback(.8))
+    learn.model = conv_net()
+    learn.opt = None
+    assert told(learn) == []
+
+@pytest.mark.situation
+def test_not_while_nothing_is_lost(learner):
+    learn = pruned(learner)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*will be lost')
+        with learn.no_bar(): learn.lr_find(num_it=3, show_plot=False)
+        learn.validate()
+    for l in learn.model.modules():
+        if isinstance(l, nn.Conv2d): l.weight.requires_grad_(False)
+    learn.opt = None # Adam would go on moving them by its averages
+    assert told(learn) == [] # frozen
+    assert float(measured_sparsity(learn.model)) == pytest.approx(.8, abs=.01)
+    for p in learn.model.parameters(): p.requires_grad_(True)
+    assert len(told(learn)) == 1
