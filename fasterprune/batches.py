@@ -10,7 +10,7 @@ from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 # %% auto #0
-__all__ = ['tolerance', 'largest_error', 'n_items', 'cat_items', 'independent']
+__all__ = ['tolerance', 'largest_error', 'n_items', 'copies', 'cat_items', 'independent']
 
 # %% ../nbs/15f_batches.ipynb #5ad1c005
 tolerance = 1e-5 # of the largest output
@@ -33,6 +33,10 @@ def n_items(inputs) -> int: # 0 if they do not all have as many, or if something
     sizes = {len(t) if isinstance(t, Tensor) and t.ndim else 0 for t in tree_leaves(inputs)}
     return sizes.pop() if len(sizes) == 1 else 0
 
+def copies(inputs): # A network may write to its inputs
+    "The inputs with tensors of their own."
+    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs)
+
 def cat_items(*parts): # Tensors in the structure that all parts have
     "Several batches as one."
     return tree_map(lambda *ts: torch.cat(ts), *parts)
@@ -40,7 +44,7 @@ def cat_items(*parts): # Tensors in the structure that all parts have
 # %% ../nbs/15f_batches.ipynb #5ad1c00a
 def _other(t):
     if not t.is_floating_point(): return t.flip(*range(t.ndim))
-    return t.lerp(torch.linspace(.1, .9, t.numel(), dtype=t.dtype).view_as(t), .5)
+    return t.lerp(torch.linspace(.1, .9, t.numel(), dtype=t.dtype, device=t.device).view_as(t), .5)
 
 def _differ(a, b): return bool((a != b).reshape(len(a), -1).any(1).all()) # in each item
 
@@ -49,7 +53,7 @@ def independent(model:nn.Module, inputs:tuple) -> bool:
     "Whether the model makes of these items, with others around them, what it makes of each part."
     others = tree_map(_other, inputs) if n_items(inputs) else ()
     if not others or not all(map(_differ, tree_leaves(others), tree_leaves(inputs))): return False
-    try: parts,whole = [model(*p) for p in (others, inputs, others)],model(*cat_items(others, inputs, others))
+    try: parts,whole = [model(*copies(p)) for p in (others, inputs, others)],model(*cat_items(others, inputs, others))
     except Exception: return False # a model for one batch size
     if not any(t.is_floating_point() for t in tree_leaves(whole) if isinstance(t, Tensor)): return False
     try: return largest_error(cat_items(*parts), whole) < tolerance

@@ -193,10 +193,12 @@ def is_depthwise(
 # %% ../nbs/05c_couplings.ipynb #d3128a13
 @patch
 def _why_fixed(self:Couplings, m):
-    "Why neither inputs nor filters of layer `m` can be cut; '' if they can"
+    "Why neither inputs nor filters of layer or norm `m` can be cut; '' if they can"
+    shared = [n for n,p in m._parameters.items() if p is not None and self._users[id(p)] > 1]
+    if shared: return f'shares its {shared[0]}'
+    if m not in self.first: return ''
     if getattr(m, 'groups', 1) > 1 and not is_depthwise(m): return 'is a grouped convolution'
     if m._parameters.get('weight') is None: return 'computes its weight'
-    if self._users[id(m.weight)] > 1: return 'shares its weight'
     return ''
 
 # %% ../nbs/05c_couplings.ipynb #35b3b565
@@ -208,7 +210,7 @@ def enter(self:Couplings, m, x):
     pool = super(Couplings, self).pool if isinstance(m, norm_types) else self.pool
     labels = pool(self.canon(self.shadow(x)), others).flatten()
     self.read[m] = self.met(self.read[m], labels) if m in self.read else labels
-    if m in self.first and self._why_fixed(m): self.fix(labels, f'layer {self.names[m]} {self._why_fixed(m)}')
+    if self._why_fixed(m): self.fix(labels, f'layer {self.names[m]} {self._why_fixed(m)}')
 
 # %% ../nbs/05c_couplings.ipynb #a1d16fae
 @patch

@@ -132,6 +132,7 @@ def _noted(modules):
     return undo
 
 # %% ../nbs/12b_cuts.ipynb #1a0e058e
+@torch.inference_mode(False)
 def cut_alike(
     model:nn.Module, # A plain network; it is cut in place
     records:dict, # From names of tensors to their records, as from `cut_records`

@@ -5,13 +5,14 @@
 # %% ../nbs/15_engine.ipynb #5868fcc0
 from __future__ import annotations
 import math, threading, time
+from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
-from .batches import cat_items, independent, largest_error, n_items, tolerance
+from .batches import cat_items, copies, independent, largest_error, n_items, tolerance
 from .graph import Reader, op_name, op_shape, read_graph
 from .kernels import vector_width
 from .planes import Chain, Planes, TapLayer, joined
@@ -107,7 +108,7 @@ def do_pool(self:Program, op):
 def do_mean(self:Program, op):
     source = self.planes.get(op.sources[0])
     if not source: return self.do_torch(op)
-    weights = torch.full(source.rows.shape[2:], 1/math.prod(source.shape[2:])) # a product is faster than a sum
+    weights = source.data.new_full(source.rows.shape[2:], 1/math.prod(source.shape[2:])) # a product is faster than a sum
     def run(): self.tensors[op.node] = (source.rows @ weights).reshape(op_shape(op.node))
     self.commit(op, [run], {})
 
@@ -119,7 +120,11 @@ def do_rows(self:Program, op):
     planes = self.as_planes([s for s in op.sources if op_shape(s)[2:] == op_shape(n)[2:]], steps)
     out = self.new_planes(n)
     def rows(s): return planes[s].rows if s in planes else self.value(s).flatten(2)
-    steps.append(lambda: out.rows.copy_(n.target(*map_arg(n.args, rows), **n.kwargs)))
+    def run():
+        out.rows.copy_(n.target(*map_arg(n.args, rows), **n.kwargs))
+        factors = [self.value(s) for s in op.sources if s not in planes]
+        if not all(math.isfinite(f.sum()) for f in factors): out.clear_padding() # zero times infinity
+    steps.append(run)
     self.commit(op, steps, {**planes, n: out})
 
 # %% ../nbs/15_engine.ipynb #404db58e
@@ -209,6 +214,10 @@ def do_conv(self:Program, op):
 Program.do_linear = Program.do_conv
 
 # %% ../nbs/15_engine.ipynb #4252b41a
+@contextmanager
+def _plain_mode(): # Numbers are float32 and can be used again, whatever mode the caller is in
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast('cpu', enabled=False): yield
+
 class FastNetwork(Table):
     "A network for inference on the processor, made by `fast_cpu`; print it to see what runs how."
     def __init__(self, model, inputs, plan):
@@ -216,7 +225,9 @@ class FastNetwork(Table):
         self.first = self.program(inputs)
         self.plan,self.items = self.first.plan,n_items(inputs) if self.first.used and independent(model, inputs) else 0
 
-    @torch.no_grad()
+    def __reduce__(self): raise TypeError('a FastNetwork can be neither copied nor pickled: write it with save(), or call fast_cpu again')
+
+    @_plain_mode()
     def __call__(self, *inputs):
         _check_inputs(inputs)
         n,all_items = self.items,n_items(inputs)
@@ -242,16 +253,17 @@ def program(self:FastNetwork, inputs):
 
 # %% ../nbs/15_engine.ipynb #3a15eb55
 @patch
-@torch.no_grad()
+@_plain_mode()
 def build(self:FastNetwork, inputs):
-    "Reads, plans, checks and times."
-    module = read_graph(self.model, inputs)
+    "Reads, plans, checks and times, on copies: a network may write to its inputs."
+    own = copies(inputs)
+    module = read_graph(self.model, own)
     reader = Reader(module)
     if not self.programs: _check_plan(self.given or {}, [op.name for op in reader.ops if op.kind in ('conv', 'linear')])
-    program = Program(reader, tree_leaves(inputs), self.given)
+    program = Program(reader, tree_leaves(own), self.given)
     program.output = lambda *i: tree_unflatten(program(*tree_leaves(i)), module._out_spec)
-    program.error = largest_error(program.output(*inputs), self.model(*inputs))
-    program.seconds,program.eager = race(lambda: program.output(*inputs), lambda: self.model(*inputs))
+    program.error = largest_error(program.output(*copies(inputs)), self.model(*copies(inputs)))
+    program.seconds,program.eager = race(lambda: program.output(*own), lambda: self.model(*own))
     program.used = program.error < tolerance and program.seconds < program.eager
     program.run = program.output if program.used else self.model
     return program

@@ -93,6 +93,8 @@ def _is_float(node): # What the engine computes with: float32, and not empty
 
 def _is_image(node): return len(op_shape(node)) == 4 and _is_float(node)
 
+def _ones(*shape): return torch.ones(shape, dtype=torch.float32, device='cpu')
+
 # %% ../nbs/15c_graph.ipynb #57db2d74
 @patch
 def on_conv2d(self:Reader, node, x, weight, bias, stride, padding, dilation, groups):
@@ -113,7 +115,7 @@ def on__native_batch_norm_legit_no_training(self:Reader, node, x, weight, bias, 
     if not _is_image(x): return
     op,channels = self.unfinished(x),op_shape(x)[1]
     alone = not op or op.kind != 'conv' or len(op.sources) > 1
-    if alone: op = self.add('conv', node, [x], Conv(torch.ones(channels, 1, 1, 1), groups=channels))
+    if alone: op = self.add('conv', node, [x], Conv(_ones(channels, 1, 1, 1), groups=channels))
     weight,bias,mean,var = (self.constants[n].double() if n else None for n in (weight, bias, mean, var))
     fused = fuse_conv_bn_weights(op.conv.weight.double(), op.conv.bias, mean, var, eps, weight, bias)
     op.conv.weight,op.conv.bias = (p.detach().float() for p in fused)
@@ -173,7 +175,7 @@ def nonnegative(node:Node) -> bool:
 @patch
 def on_max_pool2d(self:Reader, node, x, kernel, stride, padding, dilation, ceil):
     if not _is_image(x) or (ceil or any(padding)) and not nonnegative(x): return
-    ones = torch.ones(op_shape(x)[1], 1, *kernel)
+    ones = _ones(op_shape(x)[1], 1, *kernel)
     return self.add('pool', node, [x], Conv(ones, None, stride or kernel, padding, dilation, len(ones), maximum=True))
 
 # %% ../nbs/15c_graph.ipynb #01ca84f7

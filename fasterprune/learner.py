@@ -115,10 +115,9 @@ def load_sparse(self:Learner,
 ): # The Learner
     "Load what `save_sparse` wrote; on any error the model is as it was."
     before = _shapes(self.model)
-    storage.load_sparse(_file(self, file), self.model)
+    storage.load_sparse(_file(self, file), self)
     if _shapes(self.model) == before: return self
     if any(isinstance(m, _averaging) for m in self.model.modules()): self.model = wrapped_like(unwrap(self.model), self.model)
-    if self.opt is not None: self.opt.clear_state()
     return self
 
 # %% ../nbs/17_learner.ipynb #9a59c71d

@@ -31,7 +31,7 @@ class Planes:
         self.image = (h + pad)*self.stride
         self.length = n*self.image - pad*self.stride
         self.plane,self.front = _round_up(n*self.image + slack, 16),_round_up(pad*self.stride + pad, 16)
-        self.data = torch.zeros(self.front + c*self.plane + pad*self.stride + 1024)
+        self.data = torch.zeros(self.front + c*self.plane + pad*self.stride + 1024, dtype=torch.float32, device='cpu')
         self.view = self.data.as_strided(self.shape, (self.image, self.plane, self.stride, 1), self.front)
         self.rows = self.data.as_strided((n, c, self.image), (self.image, self.plane, 1), self.front)
 
@@ -41,6 +41,11 @@ class Planes:
         one = Planes((self.shape[0], 1, *self.shape[2:]), self.pad)
         one.view.fill_(-1)
         return one.data[one.front:].int()
+
+    def clear_padding(self):
+        pixels = self.view.clone()
+        self.data.zero_()
+        self.view.copy_(pixels)
 
 # %% ../nbs/15b_planes.ipynb #b179710b
 @dataclass
@@ -124,7 +129,8 @@ class TapLayer:
         if self.phases: source,channel,y,x = self.phases.planes,self.phases.channel,self.phases.y,self.phases.x
         else: y,x = y - conv.padding[0],x - conv.padding[1]
         self.conv,self.source,self.out,self.residual,self.mask = conv,source,out,residual,out.mask()
-        self.bias = torch.full(out.shape[1:2], -math.inf if conv.maximum else 0.) if conv.bias is None else conv.bias.float().contiguous()
+        no_bias = out.data.new_full(out.shape[1:2], -math.inf if conv.maximum else 0.)
+        self.bias = no_bias if conv.bias is None else conv.bias.float().contiguous()
         self.vectors,self.each = -(-out.length//vector_width()),len(row)/out.shape[1]
         self.tile = -(-self.vectors//-(-self.vectors//14))
         self.unroll = 1 if conv.maximum else max(1, 8//self.tile)

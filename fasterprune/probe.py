@@ -110,10 +110,12 @@ def untouched(
     "Inside, the network itself (which it yields) is in evaluation mode, without autocast, not compiled; afterwards all is as before."
     model = unwrap(model)
     kind,devices = _device(model).type,sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    if kind == 'meta': raise ValueError("the model has no values yet, its parameters are on the device 'meta': load them first")
     with ExitStack() as stack:
         for c in (_marks_kept(model), _evaluating(model), _as_written()): stack.enter_context(c)
         stack.enter_context(torch.random.fork_rng(devices, device_type='cuda'))
         stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled(): stack.enter_context(torch.inference_mode(False)) # which hides the elementary operations
         yield model
 
 # %% ../nbs/05_probe.ipynb #6f4bf09e
@@ -155,6 +157,7 @@ def _uncopied(model):
     return ', '.join(k for k,v in own.items() if fails(v)) or 'for its own reasons'
 
 # %% ../nbs/05_probe.ipynb #fd54f1cb
+@torch.inference_mode(False)
 def copied(
     model:nn.Module, # Any network
 ) -> nn.Module: # Another one

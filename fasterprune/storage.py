@@ -25,7 +25,11 @@ def write_atomic(
     data:bytes, # Its content
 ):
     "Write a file, whole or not at all; on any error the old one stays."
-    path = Path(os.path.realpath(os.fsdecode(path)))
+    path = Path(os.fsdecode(path))
+    if path.exists() and not path.is_file(): # a pipe or a device, which stays what it is
+        path.write_bytes(data)
+        return
+    path = Path(os.path.realpath(path))
     part = path.with_name(f'.{uuid.uuid4().hex}.part')
     try:
         with open(part, 'xb') as f:
@@ -216,6 +220,8 @@ def _check_fits(state, what, names, cut):
     missing,extra = [k for k in state if k not in names],sorted(k for k in names if k not in state)
     if missing: raise ValueError(f"it is of another model: it has no {shortened(missing, 5)}")
     if extra: raise ValueError(f"it is of another model: it has {shortened(extra, 5)}, which the model lacks")
+    empty = [k for k,t in state.items() if isinstance(t, Tensor) and t.is_meta]
+    if empty: raise ValueError(f"the model has no memory for {shortened(empty, 5)}: call model.to_empty(device='cpu') first")
     for k,t in state.items():
         mine,theirs = (t.dtype, tuple(t.shape)) if isinstance(t, Tensor) else None,what.get(k)
         if mine == theirs or _cut_here(mine, theirs, cut.get(k)): continue
@@ -224,6 +230,15 @@ def _check_fits(state, what, names, cut):
                          + (": convert the model first, with model.to(…)" if convert else ""))
 
 # %% ../nbs/13_storage.ipynb #96424e22
+def _check_tied(state, new):
+    "`ValueError` if the file has two values for what is one tensor in the model"
+    first = {}
+    for k,t in state.items():
+        if not isinstance(t, Tensor) or not t.numel(): continue
+        k0 = first.setdefault(_place(t), k)
+        a,b = (new[i].reshape(-1).view(torch.uint8) for i in (k0, k))
+        if not torch.equal(a, b): raise ValueError(f"{k0} and {k} are different in the file and one tensor in the model: untie them first")
+
 def _read(path, state, codecs):
     "The entries of a file, and the records of the tensors in it that were cut"
     records = {}
@@ -232,7 +247,10 @@ def _read(path, state, codecs):
         records.update({k: r for k,r in cut.items() if r is not None})
     data = path.read() if hasattr(path, 'read') else Path(os.fsdecode(path)).read_bytes()
     limit = sum(t.nbytes for t in state.values() if isinstance(t, Tensor))
-    try: return unpack_state(data, limit, _room(state), check, codecs), records
+    try:
+        new = unpack_state(data, limit, _room(state), check, codecs)
+        _check_tied(state, new)
+        return new, records
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
 
 # %% ../nbs/13_storage.ipynb #a6db7c57
@@ -243,6 +261,11 @@ def _like(state, new):
     return res
 
 # %% ../nbs/13_storage.ipynb #5502adc4
+def _forget_state(model):
+    "What the optimizer of a Learner remembers is of other shapes now"
+    opt = None if isinstance(model, nn.Module) else model.opt
+    if opt is not None: opt.clear_state()
+
 def load_sparse(
     path, # File that `save_sparse` wrote, or one that is open for reading
     model, # A network of the same architecture, or a Learner that has one
@@ -259,4 +282,5 @@ def load_sparse(
         undo()
         target.load_state_dict(_like(state, old))
         raise
+    if any(state[k].shape != new[k].shape for k in records): _forget_state(model)
     return model

@@ -1,5 +1,5 @@
 "The engine: outputs equal to PyTorch's, the model untouched, a plan that says what runs how, errors that help"
-import copy, io, json, math, os, time
+import copy, io, json, math, os, pickle, time
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -580,3 +580,63 @@ def test_known_networks(name):
 @pytest.mark.parametrize('name', ['efficientnet_lite0', 'convnext_atto', 'regnety_002', 'ghostnet_050'])
 def test_known_networks_of_timm(name):
     check(sparse(pytest.importorskip('timm').create_model(name), .9), torch.randn(2, 3, 67, 96))
+
+class Writes(nn.Module):
+    "Its input is scaled where it lies"
+    def __init__(self): super().__init__(); self.net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+    def forward(self, x): return self.net(x.div_(2).sub_(.1))
+
+@torch.no_grad()
+@pytest.mark.parametrize('size', [(2, 3, 9, 9), (5, 3, 9, 9), (3, 3, 12, 12)])
+def test_a_network_that_writes_to_its_input_does_so_once(size, always_faster):
+    m = sparse(Writes()); fast = fast_cpu(m, torch.randn(2, 3, 9, 9), all_sparse(m))
+    assert fast.first.used and fast.items == 2
+    for _ in range(2):
+        x = torch.randn(size); a,b = x.clone(),x.clone()
+        torch.testing.assert_close(fast(a), m(b)); assert torch.equal(a, b) and not torch.equal(a, x)
+
+class Gated(nn.Module):
+    "A gate that is infinite or NaN for some images, before a padded layer; memory is used again"
+    def __init__(self): super().__init__(); self.a,self.b,self.c,self.gate = nn.Conv2d(3, 16, 3, padding=1),nn.Conv2d(16, 16, 3, padding=1),nn.Conv2d(16, 16, 3, padding=1),nn.Linear(16, 16)
+    def forward(self, x):
+        y = self.b(self.a(x).relu()).relu()
+        g = self.gate(y.mean((2, 3)))[..., None, None]
+        return self.b(self.c(y*g).relu().sort(2)[0]).relu()*g
+
+@torch.no_grad()
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_an_image_of_nan_spoils_neither_its_neighbour_nor_the_next_call(bad, always_faster):
+    m = sparse(Gated(), .3); x = torch.randn(3, 3, 9, 9); fast = fast_cpu(m, x, all_sparse(m)); assert fast.first.used
+    y = torch.cat([x[:1], torch.full_like(x[:1], bad), x[2:]])
+    got,wanted = fast(y),m(y)
+    assert not wanted[1].isfinite().any() and not got[1].isfinite().any()
+    torch.testing.assert_close(got[::2], wanted[::2], rtol=1e-4, atol=1e-4)
+    for _ in range(2): torch.testing.assert_close(fast(x), m(x), rtol=1e-4, atol=1e-4)
+
+def first_nets(): return sparse(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)))
+
+@pytest.mark.parametrize('mode', [torch.inference_mode, lambda: torch.autocast('cpu', dtype=torch.bfloat16), torch.no_grad, torch.enable_grad], ids=['inference', 'autocast', 'no_grad', 'enable_grad'])
+def test_whatever_mode_a_program_is_made_in_it_can_be_used_in_another(mode, always_faster):
+    m = first_nets(); a,b,c = torch.randn(2, 3, 9, 9),torch.randn(3, 3, 9, 9),torch.randn(2, 3, 14, 14)
+    with torch.no_grad(): wanted = [m(x) for x in (a, b, c)]
+    with mode(): fast = fast_cpu(m, a, all_sparse(m)); inside = [fast(x) for x in (a, b, c)]
+    outside = [fast(x) for x in (a, b, c)]
+    for got in (inside, outside): torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5) # types, too
+    with mode(): torch.testing.assert_close(fast(a.clone()), wanted[0], rtol=1e-4, atol=1e-5)
+    assert fast.first.used and not any(t.is_inference() or t.requires_grad for t in outside)
+
+@torch.no_grad()
+def test_memory_is_the_processors_whatever_the_defaults_are(always_faster):
+    m,x = first_nets(),torch.randn(2, 3, 9, 9)
+    old = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64); fast = fast_cpu(m, x, all_sparse(m))
+        assert fast.first.used; torch.testing.assert_close(fast(x), m(x))
+    finally: torch.set_default_dtype(old)
+    with torch.device('meta'): p,l = Planes((1, 3, 4, 4), 1),TapLayer(Conv(torch.ones(2, 3, 3, 3, device='cpu'), padding=(1, 1)), Planes((1, 3, 4, 4), 1), Planes((1, 2, 4, 4), 1))
+    assert p.data.device.type == l.bias.device.type == l.mask.device.type == 'cpu'
+
+def test_what_can_be_neither_copied_nor_pickled_says_so():
+    fast = fast_cpu(first_nets(), torch.randn(2, 3, 9, 9))
+    for f in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r'write it with save\(\)'): f(fast)

@@ -1,5 +1,5 @@
 "Small files: nothing is lost, nothing is believed, nothing is left half done."
-import copy, hashlib, json, os, pickle, random, struct, subprocess, sys, tracemalloc
+import copy, hashlib, json, os, pickle, random, stat, struct, subprocess, sys, threading, tracemalloc
 import numpy as np, pytest, torch, zstandard
 from collections import OrderedDict
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -230,6 +230,31 @@ def test_models_that_do_not_fit(tmp_path, make, text):
     assert same_bits(before, m.state_dict())
 
 @pytest.mark.bad_input
+@pytest.mark.parametrize('part', ['all', 'some'])
+def test_a_model_without_memory_is_not_said_to_be_loaded(tmp_path, part):
+    "load_state_dict warns, does nothing and returns"
+    save_sparse(conv_net(), tmp_path/'f'); m = conv_net(); before = m[1].weight.clone()
+    (m if part == 'all' else m[0]).to('meta')
+    with pytest.raises(ValueError, match=r"no memory for 0.weight.*to_empty"): load_sparse(tmp_path/'f', m)
+    if part == 'some': assert torch.equal(m[1].weight, before)
+    m = m.to_empty(device='cpu'); load_sparse(tmp_path/'f', m); save_sparse(m, tmp_path/'g')
+    assert (tmp_path/'f').read_bytes() == (tmp_path/'g').read_bytes()
+
+class MaybeTied(nn.Module):
+    def __init__(self, tied):
+        super().__init__(); self.a,self.b = nn.Linear(3, 3, bias=False),nn.Linear(3, 3, bias=False)
+        if tied: self.b.weight = self.a.weight
+
+@pytest.mark.bad_input
+def test_two_values_for_one_tensor_are_not_loaded(tmp_path):
+    "One of the two would be lost"
+    a,b = MaybeTied(False),MaybeTied(True); before = b.a.weight.clone(); save_sparse(a, tmp_path/'f')
+    with pytest.raises(ValueError, match='a.weight and b.weight are different in the file and one tensor in the model'): load_sparse(tmp_path/'f', b)
+    assert torch.equal(b.a.weight, before)
+    with torch.no_grad(): a.a.weight[0, 0] = float('nan'); a.b.weight.copy_(a.a.weight)
+    save_sparse(a, tmp_path/'f'); load_sparse(tmp_path/'f', b); assert same_bits(a.state_dict(), b.state_dict()) # equal values may be tied
+
+@pytest.mark.bad_input
 @pytest.mark.parametrize('t', [torch.eye(3).to_sparse(), torch.empty(3, device='meta'), torch.quantize_per_tensor(torch.ones(3), .1, 0, torch.qint8)], ids=['sparse', 'meta', 'quantized'])
 def test_tensors_that_cannot_be_stored(t):
     with pytest.raises(TypeError, match="the entry 'odd' of the state dict"): pack_state({'odd': t})
@@ -263,6 +288,16 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
         assert os.listdir(tmp_path) == ['f'] and (tmp_path/'f').read_bytes() == old
     with pytest.raises(FileNotFoundError): save_sparse(m, tmp_path/'nowhere'/'f')
     with pytest.raises(FileNotFoundError): load_sparse(tmp_path/'nofile', m)
+
+@pytest.mark.fault
+@pytest.mark.skipif(sys.platform == 'win32', reason='no pipes with a name there')
+def test_a_pipe_stays_a_pipe(tmp_path):
+    "As does a device: a file in the place of /dev/null would break the machine"
+    os.mkfifo(tmp_path/'pipe'); m,got = conv_net(),[]; save_sparse(m, tmp_path/'f')
+    reader = threading.Thread(target=lambda: got.append((tmp_path/'pipe').read_bytes()), daemon=True); reader.start()
+    save_sparse(m, tmp_path/'pipe'); assert stat.S_ISFIFO(os.stat(tmp_path/'pipe').st_mode)
+    reader.join(60); assert got == [(tmp_path/'f').read_bytes()]
+    assert sorted(os.listdir(tmp_path)) == ['f', 'pipe']
 
 def test_the_file_has_usual_permissions_and_links_are_followed(tmp_path):
     m = conv_net(); save_sparse(m, tmp_path/'f'); (tmp_path/'usual').write_text('')

@@ -130,6 +130,39 @@ def test_frozen_layers_modes_and_types_are_as_before():
     with warnings.catch_warnings(): warnings.simplefilter('ignore'); small = shrink(half, x.bfloat16())
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16} and list(small.state_dict()) == list(half.state_dict())
 
+@pytest.mark.parametrize('share', ['bias', 'norm'])
+@pytest.mark.parametrize('sparsity', [.5, {'a': .5, 'b': .25}])
+def test_tensors_that_two_layers_share_stay(share, sparsity):
+    class Shares(nn.Module):
+        def __init__(self):
+            super().__init__(); self.a,self.n,self.b,self.k,self.c = nn.Conv2d(3, 8, 3),nn.BatchNorm2d(8),nn.Conv2d(8, 8, 3),nn.BatchNorm2d(8),nn.Conv2d(8, 2, 1)
+            if share == 'bias': self.b.bias = self.a.bias
+            else: self.k.weight,self.k.bias = self.n.weight,self.n.bias
+        def forward(self, x): return self.c(self.k(self.b(self.n(self.a(x)).relu())).relu())
+    for seed in range(4):
+        torch.manual_seed(seed); m,x = Shares(),torch.randn(2, 3, 9, 9)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore'); Sparsifier(m, 'filter', sample=x, exclude='c').sparsify(sparsity)
+        with pytest.warns(UserWarning, match=rf'left in.*shares its {"bias" if share == "bias" else "weight"}'): small = shrink(m, x)
+        assert [l.out_channels for l in (small.a, small.b)] == [8, 8] and close(outputs(m, x), outputs(small, x))
+
+def test_in_inference_mode_too():
+    "The tensors of the small network can be trained, and those of a network that is cut by loading"
+    import io
+    def make(): torch.manual_seed(0); return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    m,x,again,file = make(),torch.randn(2, 3, 9, 9),make(),io.BytesIO()
+    Sparsifier(m, 'filter', sample=x, exclude='5').sparsify(.5)
+    with torch.inference_mode():
+        small = shrink(m, x); save_sparse(small, file); file.seek(0); load_sparse(file, again)
+        assert torch.is_inference_mode_enabled()
+    for net in (small, again):
+        assert [l.out_channels for l in net if isinstance(l, nn.Conv2d)] == [4, 4, 2] and close(outputs(m, x), outputs(net, x))
+        net.train()(x).sum().backward(); torch.optim.SGD(net.parameters(), .1).step()
+
+@pytest.mark.bad_input
+def test_a_network_without_values_says_so():
+    with pytest.raises(ValueError, match='has no values yet'): shrink(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)).to('meta'), torch.randn(2, 3, 9, 9))
+
 # coupled filters
 
 class Res(nn.Module):
@@ -297,6 +330,19 @@ def test_shrink_takes_a_batch_of_its_own_and_saves_and_loads(learner):
     assert file == learn.path/'models/a.safetensors.zst'
     fit(learn, 1); assert learn.load_sparse('a') is learn and same(kept, state(learn))
     learn.save('b'); learn.load('b'); assert same(kept, state(learn))
+
+@pytest.mark.situation
+@pytest.mark.parametrize('opt', [Adam, OptimWrapper])
+def test_a_cut_network_that_is_loaded_into_a_learner_trains_on(learner, tmp_path, opt):
+    "By the function as by the method: what the optimizer remembers is of other shapes"
+    from functools import partial
+    how = partial(OptimWrapper, opt=torch.optim.AdamW) if opt is OptimWrapper else opt
+    learn,x = learner(opt_func=how),torch.randn(2, 4, 6, 6); fit(learn, 1)
+    small = copy.deepcopy(learn.model); Sparsifier(small, 'filter', exclude=['0', '3']).sparsify(.5)
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); small = shrink(small, x)
+    save_sparse(small, tmp_path/'f'); assert load_sparse(tmp_path/'f', learn) is learn
+    assert params(learn.model) == params(small) and same(small.state_dict(), learn.model.state_dict())
+    fit(learn, 1); assert not torch.equal(small[6].weight, learn.model[6].weight)
 
 @pytest.mark.situation
 def test_frozen_and_unfrozen_after_the_cut(learner):
