@@ -4,6 +4,7 @@
 
 # %% ../nbs/17_learner.ipynb #802dc42b
 from __future__ import annotations
+from pathlib import Path
 from typing import NamedTuple
 from torch import nn, Tensor
 from torch.utils._pytree import tree_map
@@ -92,14 +93,23 @@ def _do_fit(self:Learner, _as_ever=Learner._do_fit):
     _as_ever(self)
 
 # %% ../nbs/17_learner.ipynb #fb8918d7
-def _file(learn, file): return join_path_file(file, learn.path/learn.model_dir, ext='.safetensors.zst')
+_ext = '.safetensors.zst'
+
+def _file(learn, file):
+    "As fastai's: a name in `model_dir`, without its ending; or a whole path, such as `save_sparse` returns"
+    folder = learn.path/learn.model_dir
+    if isinstance(file, (str, Path)) and str(file).endswith(_ext):
+        if Path(file).is_relative_to(folder): return Path(file)
+        file = str(file).removesuffix(_ext)
+    return join_path_file(file, folder, ext=_ext)
 
 @patch
 def save_sparse(self:Learner,
-    file, # Name, or an open file
+    file, # Name, path or an open file
 ): # The file written
     "Write the weights, small and without loss, to `self.path/self.model_dir/file`; the optimizer's state is not in it."
     file = _file(self, file)
+    if isinstance(file, Path): file.parent.mkdir(parents=True, exist_ok=True)
     if not rank_distrib(): storage.save_sparse(self.model, file)
     return file
 
@@ -111,11 +121,12 @@ def _shapes(model): return [p.shape for p in model.parameters()]
 # %% ../nbs/17_learner.ipynb #b956c124
 @patch
 def load_sparse(self:Learner,
-    file, # Name, or an open file
+    file, # Name, path or an open file, as for `save_sparse`
 ): # The Learner
     "Load what `save_sparse` wrote; on any error the model is as it was."
     before = _shapes(self.model)
     storage.load_sparse(_file(self, file), self)
+    worked_on.add(unwrap(self.model))
     if _shapes(self.model) == before: return self
     if any(isinstance(m, _averaging) for m in self.model.modules()): self.model = wrapped_like(unwrap(self.model), self.model)
     return self
@@ -141,6 +152,7 @@ def shrink(self:Learner,
     wrapped = wrapped_like(small, self.model)
     if self.opt is not None: cut_optimizer(self.opt, model, small, left)
     self.model = wrapped
+    worked_on.add(small)
     return Shrunk(_n_params(model), _n_params(small))
 
 # %% ../nbs/17_learner.ipynb #ce23ed1f

@@ -61,3 +61,12 @@ def test_not_while_nothing_is_lost(learner):
     assert float(measured_sparsity(learn.model)) == pytest.approx(.8, abs=.01)
     for p in learn.model.parameters(): p.requires_grad_(True)
     assert len(told(learn)) == 1
+
+@pytest.mark.situation
+def test_after_loading_and_cutting(learner):
+    learn,other = pruned(learner),learner()
+    file = learn.save_sparse('zeros')
+    other.load_sparse(file)
+    assert len(told(other)) == 1
+    learn.shrink()
+    assert len(told(learn)) == 1 and len(told(learn)) == 0

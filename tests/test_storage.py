@@ -2,6 +2,7 @@
 import copy, hashlib, json, os, pickle, random, stat, struct, subprocess, sys, threading, tracemalloc
 import numpy as np, pytest, torch, zstandard
 from collections import OrderedDict
+from pathlib import Path
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.numpy import load as load_arrays, save as save_arrays
 from torch import nn
@@ -308,3 +309,18 @@ def test_the_file_has_usual_permissions_and_links_are_followed(tmp_path):
 def test_nothing_of_pickle_or_fastai_is_needed():
     code = "import sys, pickle; pickle.loads = pickle.load = pickle.dumps = pickle.dump = None\nimport fasterprune.storage as s, torch; d = s.unpack_state(s.pack_state({'a': torch.eye(3)})); assert (d['a'] == torch.eye(3)).all(); print('fastai' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'False'
+
+@pytest.mark.parametrize('of', [lambda f: f, str, lambda f: f.resolve(), lambda f: str(f.resolve()).removesuffix('.safetensors.zst'), lambda f: 'sub/net',
+                                lambda f: 'sub/net.safetensors.zst'], ids=['returned', 'text', 'absolute', 'without ending', 'name', 'name with ending'])
+@pytest.mark.parametrize('home', ['absolute', 'relative'])
+def test_a_learner_reads_what_it_says_it_has_written(learner, tmp_path, monkeypatch, of, home):
+    monkeypatch.chdir(tmp_path)
+    learn = learner()
+    if home == 'relative': learn.path = Path('.')
+    file = learn.save_sparse('sub/net')
+    assert file.is_file() and file.parent.name == 'sub'
+    before = [p.clone() for p in learn.model.parameters()]
+    with torch.no_grad(): learn.model[0].weight += 1
+    learn.load_sparse(of(file))
+    assert all(map(torch.equal, before, learn.model.parameters()))
+    assert learn.save_sparse(of(file)).resolve() == file.resolve() and len(list(tmp_path.rglob('*.zst'))) == 1
