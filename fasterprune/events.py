@@ -25,7 +25,7 @@ class _Helper(Callback):
     @property
     def name(self): return f'{self.owner.name}_{type(self).__name__.strip("_").lower()}'
 
-class _First(_Helper):
+class _PruningFirst(_Helper):
     "Comes before all other callbacks"
     @property
     def order(self): return -sys.float_info.max if self.owner._after_ours else -math.inf
@@ -36,7 +36,7 @@ class _First(_Helper):
     def after_step(self): self.owner._mask_weights()
     def after_epoch(self): self.owner._write_column()
 
-class _Last(_Helper):
+class _PruningLast(_Helper):
     "Comes after all other callbacks, in validation as well"
     run_valid = True
     @property
@@ -109,7 +109,7 @@ class ZerosCallback(Callback):
         "Work on `learn` from now on; a callback can be on several Learners"
         self.__dict__['_learn'] = learn
         have = [type(cb) for cb in learn.cbs if isinstance(cb, _Helper) and cb.owner is self]
-        learn.add_cbs([kind(self) for kind in (_First, _Last) if kind not in have])
+        learn.add_cbs([kind(self) for kind in (_PruningFirst, _PruningLast) if kind not in have])
         _guard(learn)
 
     def _stop(self):

@@ -4,11 +4,10 @@
 
 # %% ../nbs/16_lottery.ipynb #1831f334
 from __future__ import annotations
-import copy, hashlib, io
+import copy, hashlib, io, torch
 from functools import partial
 from pathlib import Path
 from typing import Callable
-import torch
 from torch import nn
 from fastcore.basics import listify, patch
 import fastai.callback.schedule # gives the Learner its fit_one_cycle
@@ -212,6 +211,7 @@ def _take_up(path, settings):
 # %% ../nbs/16_lottery.ipynb #0340542b
 def _check_search(learn, n_epoch, rounds, rewind_epoch, layers=nn.Conv2d, exclude=(), **_):
     "What can be wrong, before anything is trained"
+    if n_epoch != int(n_epoch): raise ValueError(f"n_epoch got {n_epoch}; it is a whole number of epochs (was sparsity={n_epoch} meant?)")
     if not 0 <= rewind_epoch < n_epoch: raise ValueError(
         f"rewind_epoch got {rewind_epoch}; it is a number of epochs from 0 to {n_epoch-1}, as a round has n_epoch={n_epoch}")
     if rounds < 1: raise ValueError(f"rounds got {rounds}; there must be at least 1")

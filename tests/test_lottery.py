@@ -248,3 +248,7 @@ def test_a_module_with_an_extra_state(tmp_path):
     save_ticket(ticket, tmp_path/'t.pt')
     quietly(train_ticket, learn, load_ticket(tmp_path/'t.pt'), 1, 1e-2)
     assert learn.model.n == 12 and ticket.start['_extra_state'] == {'n': 0} # 6 batches of training, 6 of validation
+
+@pytest.mark.bad_input
+def test_a_sparsity_in_the_place_of_the_epochs(learner):
+    with pytest.raises(ValueError, match=r'n_epoch got 0.8.*sparsity=0.8'): find_ticket(learner(), .8, 2)

@@ -20,3 +20,10 @@ def test_every_row_was_counted_and_says_how_it_came_about():
     for r in rows:
         assert abs(r['measured'] - r['sparsity']) < 2e-3 or r['schedule'] == 'dense' and r['measured'] < 1e-3
         assert {'seed', 'lr', 'epochs', 'bs', 'data', 'arch', 'versions', 'device', 'date'} <= r.keys() and '/' not in str(r.get('path', ''))
+
+def test_a_tie_is_told():
+    from fasterprune.experiments.summary import paired
+    def row(schedule, accuracy): return dict(schedule=schedule, sparsity=.9 if schedule != 'dense' else 0., seed=0, accuracy=accuracy, seconds=1., measured=.9)
+    rows = [row('dense', .9), row('agp', .8), row('onecycle', .8), row('oneshot', .7)]
+    assert 'onecycle is number 1 of 3 by mean accuracy, a tie.' in str(paired(rows, 'onecycle'))
+    assert 'oneshot is number 3 of 3 by mean accuracy.' in str(paired(rows, 'oneshot'))

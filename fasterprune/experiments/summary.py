@@ -5,6 +5,7 @@
 # %% ../../nbs/experiments/07_summary.ipynb #1beea645
 from __future__ import annotations
 from dataclasses import fields
+from operator import eq, gt
 import numpy as np
 from ..tables import Table, mean_sd
 from .run import Settings, pruning_settings
@@ -156,8 +157,10 @@ class Paired(Table):
     def _notes(self):
         for s,groups in self.groups.items():
             if not self._differences(s): continue
-            place = list(groups).index(self.reference)+1
-            yield f'At a sparsity of {s:g}, {self.reference} is number {place} of {len(groups)} by mean accuracy.'
+            mean = {k: _mean_accuracy(g) for k,g in groups.items()}
+            place,tied = (sum(f(m, mean[self.reference]) for m in mean.values()) for f in (gt, eq))
+            place = f'{place+1} of {len(groups)} by mean accuracy' + (', a tie' if tied > 1 else '')
+            yield f'At a sparsity of {s:g}, {self.reference} is number {place}.'
 
 # %% ../../nbs/experiments/07_summary.ipynb #62072ff8
 def paired(
