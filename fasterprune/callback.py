@@ -32,7 +32,7 @@ class SparsifyCallback(ZerosCallback):
     def __init__(self,
         sparsity:float|dict, # Fraction of the weights in scope that is zero at the end, in [0, 1), or a dict from layer names to fractions
         granularity:str|tuple='weight', # Blocks that live and die together: 'weight', 'kernel', 'filter', …, or a pattern such as '2:4'
-        context:str|Callable|None=None, # How it is distributed: 'local', 'erk', 'global', 'lamp', a function; if None 'lamp', or 'local' for n:m
+        context:str|Callable|None=None, # How it is distributed: 'local', 'erk', 'global', 'lamp', a function; None: 'lamp', 'local' for n:m
         criteria:Callable=magnitude, # Scores ≥ 0 from a layer's tensors; the largest are kept
         schedule:Callable=sched_onecycle_log, # Function `(start, end, pos) -> sparsity`
         start_epoch:int=0, # Epoch at which the schedule begins
