@@ -19,7 +19,7 @@ from .layers import find_layers
 from .probe import unwrap
 from .schedules import sched_onecycle, schedule_name
 from .sparsifier import Sparsifier
-from .storage import write_atomic
+from .storage import checked_zip, write_atomic
 from .tables import shortened
 from .trial import one_batch
 
@@ -36,7 +36,7 @@ class Ticket:
         masks:dict, # From the names of layers to bool tensors in the shape of their weights; True is kept
         start:dict, # State dict to begin with: all of the network, unmasked
         settings:dict|None=None, # How it was found: plain numbers and strings
-    ): self.masks,self.start,self.settings = masks,start,settings or {}
+    ): self.masks,self.start,self.settings = {n: m.bool() for n,m in masks.items()},start,settings or {}
 
     @property
     def rewind_epoch(self) -> int: return self.settings.get('rewind_epoch', 0)
@@ -52,9 +52,9 @@ class Ticket:
 def _misfits(self:Ticket, model):
     "Names of layers and tensors that are not the same in the ticket and in `model`"
     layers,here = dict(model.named_modules()),model.state_dict()
-    bad = [n for n,m in self.masks.items() if n not in layers or layers[n].weight.shape != m.shape]
-    bad += sorted(self.start.keys() ^ here.keys())
-    return bad + [k for k,v in self.start.items() if k in here and getattr(here[k], 'shape', None) != getattr(v, 'shape', None)]
+    def shape(t): return None if getattr(t, 'is_meta', False) else getattr(t, 'shape', None) # meta: it has no memory for values
+    bad = [n for n,m in self.masks.items() if shape(getattr(layers.get(n), 'weight', None)) != m.shape]
+    return bad + sorted(self.start.keys() ^ here.keys()) + [k for k,v in self.start.items() if k in here and shape(here[k]) != shape(v)]
 
 # %% ../nbs/16_lottery.ipynb #dc8b8425
 @patch
@@ -89,8 +89,8 @@ def load_ticket(
     file:Path, # What `save_ticket` wrote
 ) -> Ticket: # The ticket, on the CPU
     "Read a ticket; `ValueError` if the file holds none."
-    data,advice = io.BytesIO(Path(file).read_bytes()),"give a file that save_ticket wrote"
-    try: d = torch.load(data, map_location='cpu', weights_only=True)
+    data,advice = Path(file).read_bytes(),"give a file that save_ticket wrote"
+    try: d = torch.load(checked_zip(data), map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"{file} is no ticket: it cannot be read ({type(e).__name__}); {advice}") from None
     if isinstance(d, dict) and {'masks', 'start', 'settings'} <= d.keys(): return Ticket(d['masks'], d['start'], d['settings'])
     raise ValueError(f"{file} is no ticket: it has no masks and start; {advice}")

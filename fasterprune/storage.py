@@ -4,7 +4,7 @@
 
 # %% ../nbs/13_storage.ipynb #e2a9e04a
 from __future__ import annotations
-import hashlib, json, math, os, struct, uuid
+import hashlib, io, json, math, os, struct, uuid, zipfile
 from contextlib import suppress
 from pathlib import Path
 import numpy as np, torch, zstandard
@@ -17,7 +17,7 @@ from .probe import unwrap
 from .tables import shortened
 
 # %% auto #0
-__all__ = ['write_atomic', 'pack_state', 'unpack_state', 'save_sparse', 'load_sparse']
+__all__ = ['write_atomic', 'checked_zip', 'pack_state', 'unpack_state', 'save_sparse', 'load_sparse']
 
 # %% ../nbs/13_storage.ipynb #6d2c5e17
 def write_atomic(
@@ -38,6 +38,17 @@ def write_atomic(
     except BaseException:
         with suppress(FileNotFoundError): part.unlink()
         raise
+
+# %% ../nbs/13_storage.ipynb #5b7c01d3
+def checked_zip(
+    data:bytes, # The content of a file that torch.save wrote
+) -> io.BytesIO: # The same, to be read
+    "Look at all checksums; `zipfile.BadZipFile` if one is wrong, or if it is no zip file."
+    file = io.BytesIO(data)
+    bad = zipfile.ZipFile(file).testzip()
+    if bad: raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
+    file.seek(0)
+    return file
 
 # %% ../nbs/13_storage.ipynb #9bd4c7ce
 def _json_entry(name, value):

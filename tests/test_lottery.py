@@ -1,5 +1,5 @@
 "Lottery tickets: rounds, rewinding, what is kept, what survives."
-import os, re, signal, subprocess, sys, textwrap, time
+import copy, os, re, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 import pytest, torch
 from torch import nn
@@ -202,6 +202,26 @@ def test_a_ticket_for_another_network(learner):
     with pytest.raises(ValueError, match='does not fit this model: 0'): ticket.apply(other)
     with pytest.raises(ValueError, match='does not fit this model'): ticket.apply(nn.Sequential(*conv_net(), nn.Linear(3, 3)))
     assert same(other.state_dict(), before)
+
+@pytest.mark.bad_input
+def test_a_ticket_for_a_network_without_such_layers_or_without_memory():
+    m = conv_net(); ticket = Ticket({'0': m[0].weight > 0}, m.state_dict())
+    with pytest.raises(ValueError, match='does not fit this model: 0'): ticket.apply(nn.Sequential(nn.ReLU(), *conv_net()))
+    with pytest.raises(ValueError, match='does not fit this model: 0, 0.weight'): ticket.apply(conv_net().to('meta'))
+
+def test_masks_of_numbers_are_masks():
+    m = conv_net(); kept = m[0].weight > 0
+    t = Ticket({'0': kept.float()}, copy.deepcopy(m.state_dict()))
+    assert torch.equal(t.apply(m)[0].weight != 0, kept) and float(t) == float((~kept).sum())/kept.numel()
+
+@pytest.mark.fault
+def test_a_changed_byte_in_a_ticket_is_found(tmp_path):
+    "torch.load does not look at the checksums"
+    m = conv_net(); file = save_ticket(Ticket({'0': m[0].weight > 0}, m.state_dict()), tmp_path/'t.pt'); data = file.read_bytes()
+    at = data.index(m[6].weight.detach().numpy().tobytes())
+    for bad in (data[:at+5] + bytes([data[at+5] ^ 1]) + data[at+6:], data[:-100], data[:100], b'', b'x'*500):
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match='is no ticket: it cannot be read'): load_ticket(file)
 
 def test_settings_of_every_kind_can_be_saved_and_taken_up(learner, tmp_path):
     how = dict(n_epoch=1, lr_max=slice(1e-3, 1e-2), sparsity={'0': .5, '3': .75}, rounds=2, schedule=sched_between(sched_agp, .2), criteria=magnitude, path=tmp_path, seed=0)
