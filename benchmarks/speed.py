@@ -150,14 +150,14 @@ def ratios(times):
 
 def part_steps(args):
     "A large network races in groups of two beside the dense one: all at once would not fit into memory"
-    out,names = {},[n for n in contestants(sched_lin, 0.) if n != 'dense']
+    out,names = {},[n for n in contestants(sched_lin, 0.) if n != 'dense' and (not args.only or n in args.only)]
     for arch in args.archs:
         big = arch.startswith('vgg')
         n = max(8, args.steps//3) if big else args.steps
         for kind,pcts in (('re-selecting', np.linspace(.5, .9, n)), ('ordinary', [.9]*n)):
             res = out[f'{arch}, {kind} step'] = dict(ratios={}, steps=n, state_bytes_per_weight={})
             for group in ([names[i:i+2] for i in range(0, len(names), 2)] if big else [names]):
-                t,mem = race(arch, sched_lin, pcts, 0., args, only=['dense', *group])
+                t,mem = race(arch, sched_lin, pcts, 0., args, only=['dense', *group], warm=4) # four are a round of StraightThrough
                 res['ratios'] |= ratios(t)
                 res['dense_ms'] = round(1e3*float(np.median(t['dense'])), 1)
                 res['state_bytes_per_weight'] |= {k: round(v, 2) for k,v in mem.items() if 'fasterprune 0' not in k} # an old one is not counted
@@ -169,6 +169,7 @@ def part_run(args):
     ours = dict(only=['dense', 'fasterprune, all defaults', 'fasterprune StraightThrough, all defaults'])
     t,_ = race('resnet18', sched_onecycle, pcts, None, args, warm=0, **ours)
     total = {n: sum(v)/sum(t['dense']) for n,v in t.items() if n != 'dense'}
+    if args.only: return dict(ratio_of_total_time={k: round(v, 3) for k,v in total.items()}, steps=args.run_steps, steps_every_batch=0)
     n = max(50, args.run_steps//10)
     every,_ = race('resnet18', sched_onecycle, np.arange(n)/n, 0., args, warm=0, only=['dense', 'fasterprune lamp', 'fasterprune local', 'fasterprune global', 'fasterai 0.4.1 local', 'fasterai 0.4.1 global'])
     total |= {f'{k}, every batch': sum(v)/sum(every['dense']) for k,v in every.items() if k != 'dense'}
@@ -216,7 +217,8 @@ def markdown(r):
         lines += [f"| {n} | raises: {why} |" for n,why in r.get('failed', {}).items()]
         lines += ['| *dense step, ms* | ' + ' | '.join(f"*{v['dense_ms']:.0f}*" for v in steps.values()) + ' | |', '']
     if run := r.get('run'):
-        lines += [f"| whole run of ResNet-18 with one-cycle pruning to 0.95 ({run['steps']} steps; re-selecting at every batch: {run['steps_every_batch']} steps) | time / dense |", '|---|---:|']
+        every = f"; re-selecting at every batch: {run['steps_every_batch']} steps" if run['steps_every_batch'] else ''
+        lines += [f"| whole run of ResNet-18 with one-cycle pruning to 0.95 ({run['steps']} steps{every}) | time / dense |", '|---|---:|']
         lines += [f'| {k} | {v:.3f} |' for k,v in run['ratio_of_total_time'].items()] + ['']
     if sel := r.get('select'):
         lines += ['| weights, one global re-selection | ms | ns a weight | extra memory / weights |', '|---:|---:|---:|---:|']
@@ -230,13 +232,14 @@ if __name__ == '__main__':
     p.add_argument('--parts', default='steps,run,select,import'); p.add_argument('--archs', default='resnet18,vgg16_bn')
     p.add_argument('--steps', type=int, default=30); p.add_argument('--run-steps', type=int, default=1000)
     p.add_argument('--bs', type=int, default=32); p.add_argument('--size', type=int, default=32)
+    p.add_argument('--only', default='', help='names of contestants, with commas between; all if empty')
     p.add_argument('--device', default='cpu'); p.add_argument('--amp', action='store_true', help='bfloat16 mixed precision'); p.add_argument('--out', default='speed')
     args = p.parse_args()
-    args.archs = args.archs.split(',')
+    args.archs,args.only = args.archs.split(','),[n for n in args.only.split(',') if n]
     out = Path(args.out)
     result = json.loads(out.with_suffix('.json').read_text()) if out.with_suffix('.json').exists() else {}
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor())
-    result.update(command='python benchmarks/speed.py', machine=f"{torch.cuda.get_device_name() if args.device != 'cpu' else cpu}", threads=torch.get_num_threads(), torch=torch.__version__,
+    result.update(command=' '.join(['python benchmarks/speed.py', *sys.argv[1:]]) if args.only else 'python benchmarks/speed.py', machine=f"{torch.cuda.get_device_name() if args.device != 'cpu' else cpu}", threads=torch.get_num_threads(), torch=torch.__version__,
                   fasterprune=fasterprune.__version__, date=str(date.today()), bs=args.bs, size=args.size, device=args.device)
     for part in args.parts.split(','):
         t = time.time(); result[part] = globals()[f'part_{part}'](args)
