@@ -139,6 +139,7 @@ def state_bytes(d):
         if isinstance(sp, Sparsifier):
             extra += sum(g.mask.nbytes for g in sp.groups if g.mask is not None) + sum(t.nbytes for l in sp.layers for t in l.state.values())
             extra += sum(d.nbytes for d in (getattr(cb, '_dense', None) or {}).values())
+            extra += sum(s.kept.nbytes for s in getattr(cb, '_shown', {}).values() if s.kept is not None)
     return extra/n
 
 failed = {}

@@ -15,9 +15,10 @@ from . import engine, report, saved, storage
 from .events import ZerosCallback
 from .find import sparsity_find
 from .layers import prunable_types, tell
+from .members import PrunedLayer
 from .optimizers import cut_optimizer
 from .probe import as_inputs, copied, unwrap
-from .sparsifier import worked_on
+
 from .surgery import cut_channels, wrapped_like
 from .tables import new_axes
 from .trial import as_before, one_batch
@@ -72,20 +73,18 @@ def sparsity_report(self:Learner,
 
 # %% ../nbs/17_learner.ipynb #17ab0002
 def _zeros_at_risk(model):
-    "Of the weights that train, the fraction that is zero"
-    weights = [m._parameters.get('weight') for m in model.modules() if isinstance(m, prunable_types)]
-    weights = [w.detach() for w in weights if w is not None and w.requires_grad]
-    return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.numel() for w in weights))
+    "Of the weights that train, the fraction that a pruning has left at zero"
+    weights = {n: m._parameters.get('weight') for n,m in model.named_modules() if isinstance(m, prunable_types)}
+    layers = [PrunedLayer(n, model.get_submodule(n)) for n,w in weights.items() if w is not None and w.requires_grad]
+    masks = [l.pruned_before() for l in layers]
+    return sum(int((~m).sum()) for m in masks if m is not None) / max(1, sum(l.n for l in layers))
 
 def _remind(learn):
-    "Warn if this fit loses the zeros of a network that was pruned here"
-    model = unwrap(learn.model)
+    "Warn if this fit loses the zeros of a pruned network"
     kept = any(isinstance(cb, ZerosCallback) for cb in learn.cbs)
-    share = 0. if kept or model not in worked_on or hasattr(learn, 'lr_finder') else _zeros_at_risk(model)
-    if share < .01: return
-    worked_on.discard(model)
-    tell(f"{share:.1%} of the weights are zero, and this fit has no callback that keeps them: they will be lost. "
-         "To keep them pass cbs=KeepSparsity(), or a SparsifyCallback")
+    share = 0. if kept or not learn.n_epoch or hasattr(learn, 'lr_finder') else _zeros_at_risk(unwrap(learn.model))
+    if share >= .01: tell(f"{share:.1%} of the weights are zero, and this fit has no callback of fasterprune: they will be lost. "
+                          "To keep them pass cbs=KeepSparsity(), or a SparsifyCallback")
 
 @patch
 def _do_fit(self:Learner, _as_ever=Learner._do_fit):
@@ -99,7 +98,7 @@ def _file(learn, file):
     "As fastai's: a name in `model_dir`, without its ending; or a whole path, such as `save_sparse` returns"
     folder = learn.path/learn.model_dir
     if isinstance(file, (str, Path)) and str(file).endswith(_ext):
-        if Path(file).is_relative_to(folder): return Path(file)
+        if Path(file).resolve().is_relative_to(folder.resolve()): return Path(file)
         file = str(file).removesuffix(_ext)
     return join_path_file(file, folder, ext=_ext)
 
@@ -126,7 +125,7 @@ def load_sparse(self:Learner,
     "Load what `save_sparse` wrote; on any error the model is as it was."
     before = _shapes(self.model)
     storage.load_sparse(_file(self, file), self)
-    worked_on.add(unwrap(self.model))
+
     if _shapes(self.model) == before: return self
     if any(isinstance(m, _averaging) for m in self.model.modules()): self.model = wrapped_like(unwrap(self.model), self.model)
     return self
@@ -152,7 +151,7 @@ def shrink(self:Learner,
     wrapped = wrapped_like(small, self.model)
     if self.opt is not None: cut_optimizer(self.opt, model, small, left)
     self.model = wrapped
-    worked_on.add(small)
+
     return Shrunk(_n_params(model), _n_params(small))
 
 # %% ../nbs/17_learner.ipynb #ce23ed1f

@@ -5,7 +5,7 @@
 # %% ../nbs/09_sparsifier.ipynb #6e365554
 from __future__ import annotations
 from typing import Callable
-from weakref import WeakSet
+
 import torch
 from torch import nn
 from fastcore.basics import patch
@@ -23,11 +23,9 @@ from .sparsity import Sparsity, check_sparsity, count_zeros, measured_sparsity
 from .tables import shortened
 
 # %% auto #0
-__all__ = ['worked_on', 'Sparsifier']
+__all__ = ['Sparsifier']
 
 # %% ../nbs/09_sparsifier.ipynb #b2e70ebd
-worked_on = WeakSet() # networks that may have zeros to lose
-
 class Sparsifier(Budget):
     "Prune the layers of any network: which layers, in what blocks, by which criterion, and how the sparsity is distributed."
     @explain_names
@@ -58,9 +56,7 @@ class Sparsifier(Budget):
 
 # %% ../nbs/09_sparsifier.ipynb #10817442
 @patch
-def _work_on(self:Sparsifier, model):
-    self.model,self._name_of = model,{m: n for n,m in model.named_modules()}
-    worked_on.add(model)
+def _work_on(self:Sparsifier, model): self.model,self._name_of = model,{m: n for n,m in model.named_modules()}
 
 # %% ../nbs/09_sparsifier.ipynb #83d7eff3
 def _grouped(model, layers, coupled, sample, regrow):

@@ -1,5 +1,5 @@
-"A later fit without a callback loses zeros: it is said once, and only then"
-import warnings
+"A later fit without a callback loses zeros: it is said, and only then"
+import copy, warnings
 import pytest
 from torch import nn
 from fasterprune.all import *
@@ -70,3 +70,23 @@ def test_after_loading_and_cutting(learner):
     assert len(told(other)) == 1
     learn.shrink()
     assert len(told(learn)) == 1 and len(told(learn)) == 0
+
+@pytest.mark.situation
+@pytest.mark.parametrize('other', [lambda learn, again: copy.deepcopy(learn), lambda learn, again: again.load(learn.save('plain').stem),
+                                   lambda learn, again: load_sparse(learn.save_sparse('zeros'), again)], ids=['copy', 'load', 'load_sparse'])
+def test_of_copies_and_files(learner, other):
+    assert len(told(other(pruned(learner), learner()))) == 1
+
+@pytest.mark.situation
+def test_not_of_a_fit_of_no_epochs(learner):
+    learn = pruned(learner)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*will be lost')
+        with learn.no_bar(): learn.fit(0)
+    assert len(told(learn)) == 1
+
+@pytest.mark.situation
+def test_not_of_weights_that_begin_at_zero(learner):
+    learn = learner()
+    nn.init.zeros_([m for m in learn.model.modules() if isinstance(m, nn.Linear)][-1].weight)
+    assert told(learn) == []

@@ -9,7 +9,7 @@ def test_the_tables_are_made_from_the_rows(tmp_path):
     shutil.copytree(root/'results', tmp_path/'results')
     spec = importlib.util.spec_from_file_location('make_results', tmp_path/'results'/'make.py')
     make = importlib.util.module_from_spec(spec); spec.loader.exec_module(make)
-    make.quick(); make.params(); make.others(); make.readme()
+    make.quick(); make.params(); make.paper(); make.others(); make.readme()
     tables = sorted((root/'results').rglob('*.md'))
     assert len(tables) >= 5
     for t in tables: assert t.read_text() == (tmp_path/'results'/t.relative_to(root/'results')).read_text(), t

@@ -5,7 +5,7 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from fastai.basics import Callback, CancelBatchException, CancelFitException, CancelStepException
-from fastai.callback.all import FetchPredsCallback, GradientClip, SaveModelCallback
+from fastai.callback.all import FetchPredsCallback, GradientAccumulation, GradientClip, SaveModelCallback
 from fastai.optimizer import SGD
 from fasterprune.all import *
 from fasterprune.straight import soft_threshold
@@ -208,14 +208,22 @@ def and_filters(): return SparsifyCallback(.5, 'filter', exclude='0')
 @pytest.mark.situation
 @pytest.mark.parametrize('others', [[KeepSparsity], [and_filters], [and_filters, KeepSparsity]], ids=lambda fs: '-'.join(f.__name__ for f in fs))
 @pytest.mark.parametrize('first', [True, False], ids=['first', 'last'])
-def test_zeros_of_others_count_in_whatever_order(learner, others, first):
+@pytest.mark.parametrize('accumulate', [False, True], ids=['', 'accumulation'])
+def test_zeros_of_others_count_in_whatever_order(learner, others, first, accumulate):
     learn = learner(model=conv_net(16))
     Sparsifier(learn.model).sparsify(.5)
     gone = [l.weight == 0 for l in convs(learn.model)]
-    mine,theirs = StraightThrough(.9),[f() for f in others]
-    fit(learn, 3, cbs=[mine, *theirs] if first else [*theirs, mine])
+    mine,theirs = StraightThrough(.9, 'local'),[f() for f in others]
+    class Look(Callback):
+        "What others have pruned is zero in every forward pass"
+        def after_pred(self):
+            for l,m in ((l, g.mask) for cb in theirs for g in cb.sparsifier.groups for l in g.layers if g.mask is not None):
+                broken.append(int((l.weight != 0).logical_and(~l.over_weight(m)).sum()) if l.blocks.single else int((l.weight.flatten(1)[~m] != 0).sum()))
+    broken,more = [],[Look(), *([GradientAccumulation(24)] if accumulate else [])]
+    fit(learn, 3, cbs=[mine, *theirs, *more] if first else [*theirs, mine, *more])
+    assert len(broken) > 10 and not any(broken)
     zeros = measured_sparsity(learn.model)
-    assert zeros.zeros == round(.9*zeros.n)
+    assert zeros.zeros == sum(round(.9*l.weight.numel()) for l in convs(learn.model))
     if KeepSparsity in others: assert all((l.weight[g] == 0).all() for l,g in zip(convs(learn.model), gone))
 
 def test_the_parameters_have_their_own_tensor_outside_the_step(learner):
