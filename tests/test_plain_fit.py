@@ -90,3 +90,9 @@ def test_not_of_weights_that_begin_at_zero(learner):
     learn = learner()
     nn.init.zeros_([m for m in learn.model.modules() if isinstance(m, nn.Linear)][-1].weight)
     assert told(learn) == []
+
+@pytest.mark.situation
+def test_lazy_layers_are_left_alone(learner):
+    net = conv_net()
+    net[0] = nn.LazyConv2d(net[0].out_channels, net[0].kernel_size, stride=net[0].stride, padding=net[0].padding)
+    assert told(learner(model=net)) == []
