@@ -72,12 +72,12 @@ def sparsity_report(self:Learner,
     with as_before(self): return report.sparsity_report(unwrap(self.model), sample, layers, exclude, latency, fast)
 
 # %% ../nbs/17_learner.ipynb #17ab0002
-def _is_plain(w): return type(w) is nn.Parameter and w.ndim > 1 and not w.is_meta # neither lazy, sharded nor flattened
+def _trains(w): return type(w) is nn.Parameter and w.requires_grad and w.ndim > 1 and not w.is_meta # neither lazy, sharded nor flattened
 
 def _zeros_at_risk(model):
     "Of the weights that train, the fraction that a pruning has left at zero"
-    weights = {n: m._parameters.get('weight') for n,m in model.named_modules() if isinstance(m, prunable_types)}
-    layers = [PrunedLayer(n, model.get_submodule(n)) for n,w in weights.items() if _is_plain(w) and w.requires_grad]
+    modules = {n: m for n,m in model.named_modules() if isinstance(m, prunable_types)}
+    layers = [PrunedLayer(n, m) for n,m in modules.items() if _trains(m._parameters.get('weight'))]
     masks = [l.pruned_before() for l in layers]
     return sum(int((~m).sum()) for m in masks if m is not None) / max(1, sum(l.n for l in layers))
 

@@ -143,7 +143,7 @@ def _mask_grads(self:StraightThrough):
 @patch
 def _before_step(self:StraightThrough):
     if self.sparsifier is None or self._idle(): return
-    self._clean = [l for l in self._shown if not (self._strangers or l.moved)]
+    self._clean = {l for l in self._shown if not (self._strangers or l.moved)}
     for l in self._shown: self._put_dense(l)
 
 @patch
@@ -159,7 +159,7 @@ def _take_dense(self:StraightThrough) -> bool: # Were they inside?
     inside = bool(self._aside)
     for l,own in self._aside.items():
         p = l.module.weight
-        self._dense[l],p.data = p.data,own
+        if p.data_ptr() != own.data_ptr(): self._dense[l],p.data = p.data,own # else interrupted before it was put there, or after
     self._aside = {}
     return inside
 

@@ -246,3 +246,24 @@ def test_the_weights_are_replaced_in_the_middle(learner, change):
     fit(learn, 2, cbs=[StraightThrough(.75), Change(), Watch()])
     zeros = measured_sparsity(learn.model)
     assert zeros.zeros == round(.75*zeros.n)
+
+@pytest.mark.fault
+@pytest.mark.parametrize('where', ['before it is put there', 'after it was taken'])
+def test_interrupted_between_two_layers(learner, where, monkeypatch):
+    "The network is left as it was before the step, or after it: nothing is pruned or softened twice"
+    learn = learner(opt_func=partial(SGD, mom=0., wd=0.))
+    put,seen = StraightThrough._put_dense,[]
+    def stopping(self, layer):
+        if self.learn.train_iter == 5 and layer is list(self._shown)[1]:
+            if where == 'before it is put there': self._aside[layer] = layer.module.weight.data
+            else:
+                first = list(self._shown)[0]
+                first.module.weight.data = self._aside[first]
+            raise KeyboardInterrupt
+        put(self, layer)
+    class Look(Callback):
+        def after_backward(self): seen[:] = [l.weight.detach().clone() for l in convs(self.learn.model)]
+    monkeypatch.setattr(StraightThrough, '_put_dense', stopping)
+    with pytest.raises(KeyboardInterrupt): fit(learn, 2, cbs=[StraightThrough(.9, 'local', schedule=flat), Look()])
+    for l,w in zip(convs(learn.model), seen): torch.testing.assert_close(l.weight.detach(), w)
+    assert [int((l.weight == 0).sum()) for l in convs(learn.model)] == [round(.9*l.weight.numel()) for l in convs(learn.model)]
