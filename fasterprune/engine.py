@@ -292,9 +292,9 @@ def _table(self:FastNetwork):
 
 @patch
 def _notes(self:FastNetwork):
-    p = self.first
-    sizes = ' and '.join('×'.join(map(str, s)) for s in self.shapes)
-    yield f'{sizes}: {_ms(p.seconds)} ms, PyTorch {_ms(p.eager)} ms, threads: {torch.get_num_threads()}'
+    p,sizes = self.first,' and '.join('×'.join(map(str, s)) for s in self.shapes)
+    times = f'{_ms(p.seconds)} ms, PyTorch {_ms(p.eager)} ms ({p.eager/p.seconds:.1f} times as fast)'
+    yield f'{sizes}: {times}, threads: {torch.get_num_threads()}'
     if p.error >= tolerance: yield f'all by PyTorch, because the outputs differ by {p.error:.0e}'
     elif not p.used: yield 'all by PyTorch, which is faster'
     elif not self.items: yield 'each batch size gets a program of its own, because the outputs of a batch are not those of its items'

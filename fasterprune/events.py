@@ -34,6 +34,8 @@ class _PruningFirst(_Helper):
         else: _remove_helpers(self.learn, self.owner) # it was removed, while it worked for another Learner
     def after_backward(self): self.owner._mask_grads()
     def after_step(self): self.owner._mask_weights()
+    def after_cancel_batch(self): self.owner._before_look() # perhaps in the middle of the optimizer's step
+    after_cancel_epoch = after_cancel_train = after_cancel_fit = after_cancel_batch
     def after_epoch(self): self.owner._write_column()
 
 class _PruningLast(_Helper):
@@ -45,7 +47,7 @@ class _PruningLast(_Helper):
     def before_batch(self): self.owner._step()
     def before_step(self): self.owner._before_step()
     def after_train(self): self.owner._train_ends()
-    def before_validate(self): self.owner._before_validate()
+    def before_validate(self): self.owner._before_look()
     def after_cancel_epoch(self): self.owner._train_ends()
     def after_cancel_fit(self): self.owner._cancelled()
     def after_fit(self): self.owner._fit_ends()
@@ -120,6 +122,10 @@ class ZerosCallback(Callback):
     def _close(self): self.sparsifier,self._fitting,self._opening = None,False,0
     def _epochs_over(self): self._fitting,self._opening = False,0
 
+    def _prune(self): "Just before the forward pass"
+    def _before_step(self): "Just before the optimizer's step"
+    def _cancelled(self): "The fit was ended by an exception of fastai's"
+
 # %% ../nbs/09a_events.ipynb #ac624734
 @patch
 def _idle(self:ZerosCallback): return hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
@@ -181,7 +187,7 @@ def _hold(self:ZerosCallback,
     self.sparsifier.apply(moved)
 
 @patch
-def _before_validate(self:ZerosCallback):
+def _before_look(self:ZerosCallback):
     if not (self._idle() or self._opening): self._hold(moved=not self._strangers)
 
 @patch
@@ -194,7 +200,7 @@ def _mask_weights(self:ZerosCallback, moved=False):
 def _step(self:ZerosCallback):
     "Just before the forward pass"
     if self._idle(): return
-    if not self.learn.training: return self._before_validate()
+    if not self.learn.training: return self._before_look()
     if not self._fitting: self._train_begins()
     if not self._fitting: return
     self._opening = 0 # a validation in a batch may have ended by an error that someone caught
@@ -212,15 +218,9 @@ def _start(self:ZerosCallback):
     self.sparsifier = self._begin(unwrap(self.learn.model))
 
 @patch
-def _prune(self:ZerosCallback): pass
-@patch
-def _before_step(self:ZerosCallback): pass
-@patch
 def _train_ends(self:ZerosCallback):
     self._opening = 0
     self._hold()
-@patch
-def _cancelled(self:ZerosCallback): pass
 
 # %% ../nbs/09a_events.ipynb #3b855252
 _one_by_one = {'weight_decay', 'l2_reg', 'average_grad', 'average_sqr_grad', 'momentum_step', 'step_stat', 'sgd_step', 'rms_prop_step',
@@ -282,7 +282,7 @@ def _add_column(self:ZerosCallback):
 @patch
 def after_validate(self:ZerosCallback):
     if self.sparsifier is None or self._idle() or self._opening: return
-    self._before_validate()
+    self._before_look()
     self._measured = float(self.sparsifier.measure())
     self._record.sparsity_measured.append((self._n_steps(), self._measured))
 

@@ -139,5 +139,6 @@ def plot_granularities(
         Sparsifier(one, name, layers=type(module)).sparsify(sparsity)
         plot_kernels(one[0], n_out, n_in, ax).set(xlabel='', ylabel='')
         ax.set_title(name, fontsize='small')
-    axs[0].set(xlabel='outputs', ylabel='inputs')
+    axs[0].set_ylabel('inputs')
+    axs[-1].set_xlabel('outputs')
     return axs

@@ -17,6 +17,7 @@ from .members import PrunedLayer
 from .names import explain_names
 from .schedules import sched_agp, sched_between
 from .scores import in_single
+from .tables import shortened
 
 # %% auto #0
 __all__ = ['soft_threshold', 'StraightThrough']
@@ -100,10 +101,21 @@ class StraightThrough(SparsifyCallback):
 
     def _begin(self, model):
         self._forget()
+        sp = super()._begin(model)
+        self._check_alone(sp)
         self._dense = {}
-        return super()._begin(model)
+        return sp
 
     def _due(self, s): return self.learn.iter % self.every == 0 or super()._due(s)
+
+# %% ../nbs/10b_straight.ipynb #b10b0027
+@patch
+def _check_alone(self:StraightThrough, sp):
+    others = [cb for cb in self.learn.cbs if isinstance(cb, StraightThrough) and cb is not self and cb.sparsifier is not None]
+    theirs = {l.module for cb in others for l in cb.sparsifier.layers}
+    twice = [l.name for l in sp.layers if l.module in theirs]
+    if twice: raise ValueError(f"{shortened(twice, 3)} would be pruned by two StraightThrough callbacks: remove one of them, "
+                               "or give them different layers with layers= or exclude=")
 
 # %% ../nbs/10b_straight.ipynb #b10b0012
 @patch

@@ -4,7 +4,7 @@ from functools import partial
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from fastai.basics import Callback, CancelBatchException, CancelFitException, CancelStepException
+from fastai.basics import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException
 from fastai.callback.all import FetchPredsCallback, GradientAccumulation, GradientClip, SaveModelCallback
 from fastai.optimizer import SGD
 from fasterprune.all import *
@@ -107,6 +107,36 @@ def test_stopped_anywhere_it_is_pruned(learner, where, what):
     try: fit(learn, 1 if where != 'before_validate' else 2, cbs=[StraightThrough(.75, 'local', schedule=flat), Stop(), Watch()])
     except KeyboardInterrupt: pass
     assert [int((l.weight == 0).sum()) for l in convs(learn.model)] == [round(.75*l.weight.numel()) for l in convs(learn.model)]
+
+@pytest.mark.fault
+@pytest.mark.parametrize('what', [CancelBatchException, CancelEpochException, CancelTrainException, CancelFitException])
+@pytest.mark.parametrize('callback', [StraightThrough, SparsifyCallback])
+def test_cancelled_in_the_step_everybody_sees_it_pruned(learner, callback, what):
+    "From the next event on: an average of weights that is taken there has no weights that are pruned"
+    learn = learner()
+    class Stop(Callback):
+        def before_fit(self):
+            real = self.learn.opt.step
+            def step(*args, **kwargs):
+                real(*args, **kwargs)
+                if self.learn.train_iter == 4: raise what()
+            self.learn.opt.step = step
+    class Look(Callback):
+        order = -100
+        def __call__(self, event):
+            if 'after_cancel' in event or event in ('after_batch', 'before_validate', 'after_fit'): seen[event] = zeros()
+    def zeros(): return [int((l.weight == 0).sum()) for l in convs(learn.model)]
+    seen,want = {},[round(.75*l.weight.numel()) for l in convs(learn.model)]
+    fit(learn, 1, cbs=[callback(.75, context='local', schedule=flat), Stop(), Look()])
+    assert len([e for e in seen if 'after_cancel' in e]) == 1 and all(z == want for z in seen.values()), seen
+
+def test_two_of_them(learner):
+    learn = learner()
+    with pytest.raises(ValueError, match="0 .*would be pruned by two StraightThrough.*remove one"): fit(learn, 1, cbs=[StraightThrough(.5), StraightThrough(.7, layers='0')])
+    fit(learn, 2, cbs=[StraightThrough(.5, layers='0'), StraightThrough(.7, exclude='0')])
+    first,*rest = convs(learn.model)
+    assert int((first.weight == 0).sum()) == round(.5*first.weight.numel())
+    assert sum(int((l.weight == 0).sum()) for l in rest) == round(.7*sum(l.weight.numel() for l in rest))
 
 @pytest.mark.situation
 @pytest.mark.parametrize('event,hidden,order', [(e, h, o) for e,h in [('before_batch', False), ('after_step', True), ('after_batch', True), ('before_epoch', False), ('before_validate', False), ('after_fit', False)] for o in (-50, 45, 70)])
