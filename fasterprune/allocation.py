@@ -8,43 +8,48 @@ import functools, math
 from typing import Callable
 import numpy as np, torch
 from torch import nn
+from .granularity import prunable_types
+from .layers import find_layers
+from .probe import as_inputs, first_input, tensors, untouched, unwrap
+from .shadows import channel_dim
+from .sparsity import check_sparsity
 
 # %% auto #0
 __all__ = ['uses', 'multiplications', 'by_multiplications']
 
 # %% ../nbs/15d_allocation.ipynb #0057f14c
-_transposed = nn.ConvTranspose1d,nn.ConvTranspose2d,nn.ConvTranspose3d
-_counted = nn.Conv1d,nn.Conv2d,nn.Conv3d,nn.Linear,*_transposed
+_transposed = tuple(t for t in prunable_types if 'Transpose' in t.__name__)
 
-# %% ../nbs/15d_allocation.ipynb #94c9cc90
 def _places(layer, x, out):
-    if isinstance(layer, nn.Linear): return out[..., 0].numel()//len(out)
-    return math.prod((x if isinstance(layer, _transposed) else out).shape[2:])
+    "In the whole batch"
+    t = x if isinstance(layer, _transposed) else out
+    return t.numel()//t.shape[channel_dim(layer, t)]
 
 # %% ../nbs/15d_allocation.ipynb #6924ce34
-@torch.no_grad()
 def uses(
     model:nn.Module, # Convolutions and linear layers are looked at
-    sample, # An input, or a tuple of inputs
+    sample, # A batch of inputs: a tensor, or a tuple or list of them
 ) -> dict: # From the name of each layer to the number of places
     "At how many places of one image the weights of each layer are used; a layer that is called twice counts twice."
-    found,training = {},[m for m in model.modules() if m.training]
-    def note(name): return lambda layer, x, out: found.update({name: found.get(name, 0) + _places(layer, x[0], out)})
-    hooks = [m.register_forward_hook(note(n)) for n,m in model.named_modules() if isinstance(m, _counted)]
-    try: model.eval()(*(sample if isinstance(sample, (tuple, list)) else (sample,)))
-    finally:
-        for h in hooks: h.remove()
-        for m in training: m.training = True
-    return found
+    found = {}
+    def note(name):
+        def hook(m, args, kwargs, out): found[name] = found.get(name, 0) + _places(m, first_input(args, kwargs), out)
+        return hook
+    with untouched(model) as net, torch.no_grad():
+        for n,m in net.named_modules():
+            if isinstance(m, prunable_types): m.register_forward_hook(note(n), with_kwargs=True)
+        inputs = as_inputs(sample, net)
+        net(*inputs)
+    return {n: k//len(tensors(inputs)[0]) for n,k in found.items()}
 
 # %% ../nbs/15d_allocation.ipynb #b79fe6f8
 def multiplications(
     model:nn.Module, # Convolutions and linear layers are counted
-    sample, # An input, or a tuple of inputs
+    sample, # As for `uses`
 ) -> dict: # From the name of each layer to its multiplications for one image: all, and those by weights that are not zero
     "How many multiplications each layer has, and how many are left without the zeros."
     places = uses(model, sample)
-    weights = {n: model.get_submodule(n).weight for n in places}
+    weights = {n: unwrap(model).get_submodule(n).weight for n in places}
     return {n: (places[n]*w.numel(), places[n]*int(w.count_nonzero())) for n,w in weights.items()}
 
 # %% ../nbs/15d_allocation.ipynb #f8fa815e
@@ -79,13 +84,14 @@ def _densities(kept, sizes, places, power):
 # %% ../nbs/15d_allocation.ipynb #83f11797
 def by_multiplications(
     model:nn.Module, # The network that will be pruned
-    sample, # An input, or a tuple of inputs
+    sample, # As for `uses`
     sparsity:float, # The sparsity that will be reached in the end, in [0, 1)
     left:float=None, # The fraction of the multiplications that should be left then; half of what LAMP leaves if None
-    layers=nn.Conv2d, # Type or types of the layers that are pruned
+    layers=nn.Conv2d, # As for `SparsifyCallback`
 ) -> Callable: # A context: a function of sparsity, shapes and names
     "A context that shares the sparsity out with LAMP's care for thin layers, but so that few multiplications are left."
-    places,chosen = uses(model, sample),{n: m for n,m in model.named_modules() if isinstance(m, layers)}
+    sparsity = check_sparsity(sparsity)
+    places,chosen = uses(model, sample),find_layers(unwrap(model), layers)
     at = np.array([places.get(n, 0) for n in chosen], float).clip(1)
     sizes = np.array([m.weight.numel() for m in chosen.values()], float)
     def share(power): return np.dot(_densities((1 - sparsity)*sizes.sum(), sizes, at, power), sizes*at)/np.dot(sizes, at)

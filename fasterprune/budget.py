@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from numbers import Real
 from typing import Callable
+from torch import nn
 from fastcore.basics import patch
 from .contexts import check_context, layer_shares, one_threshold, share_out, uniform, unscaled
 from .criteria import check_criteria, magnitude
@@ -16,7 +17,7 @@ from .sparsity import check_sparsity
 from .tables import shortened
 
 # %% auto #0
-__all__ = ['best_context', 'check_settings', 'check_steps', 'Budget']
+__all__ = ['best_context', 'check_settings', 'check_each', 'named_layers', 'check_steps', 'Budget']
 
 # %% ../nbs/08b_budget.ipynb #abd945bd
 def _check_together(granularity, context, coupled):
@@ -48,6 +49,23 @@ def check_settings(
     _check_together(granularity, context, coupled)
     check_context(context)
     return check_criteria(criteria)
+
+# %% ../nbs/08b_budget.ipynb #abd945bf
+def check_each(
+    context:str|Callable, # As for `Sparsifier`
+):
+    "`ValueError` if it leaves no room for a sparsity for each layer."
+    if check_context(context) is not uniform: raise ValueError(
+        f"a sparsity for each layer goes with context='local'; with {context!r} the layers' sparsities follow from the total")
+
+def named_layers(
+    sparsity:dict, # From the names of layers to their sparsities
+    layers, # As for `SparsifyCallback`
+    exclude, # As for `SparsifyCallback`
+) -> list: # The names
+    "The layers that a dict of sparsities names; `ValueError` if `layers` or `exclude` say something about it, too."
+    if layers is nn.Conv2d and not exclude: return list(sparsity)
+    raise ValueError(f"sparsity got a dict, which names the layers to prune itself, {shortened(sparsity)}: leave out layers= and exclude=")
 
 # %% ../nbs/08b_budget.ipynb #b0d9e002
 def _check_pattern(granularity, targets):
@@ -90,6 +108,8 @@ class Budget:
         self.groups,self.granularity,self.context,self.regrow,self.own,self._dense = groups,granularity,context,regrow,list(own),dense or {}
         self._share,self._final,self._told = check_context(context),final_sparsity(granularity),set()
 
+    _looked = False # were the layers asked whether they compute another weight?
+
     @property
     def _names(self): return [l.name for g in self.groups for l in g.layers]
 
@@ -103,6 +123,9 @@ def _tell(self:Budget, names, text):
 
 @patch
 def _tell_dense(self:Budget):
+    "Once, in the life of a `Budget`"
+    if self._looked: return
+    self._looked = True
     for why in dict.fromkeys(self._dense.values()):
         self._tell([n for n,w in self._dense.items() if w == why], f"these layers stay dense, {why}")
     changed = [l.name for l in [l for g in self.groups for l in g.layers] if changes_weight(l.module)]
@@ -139,8 +162,7 @@ def _check(self:Budget, sparsity):
     top = max(sparsity.values()) if several else sparsity
     if top > self._final + 1e-9: raise ValueError(
         f"sparsity {top:g} is more than the pattern {self.granularity!r} leaves room for, a sparsity of {self._final:g}")
-    if several and self._share is not uniform: raise ValueError(
-        f"a sparsity for each layer goes with context='local'; with {self.context!r} the layers' sparsities follow from the total")
+    if several: check_each(self.context)
     unknown = [n for n in sparsity if n not in self._names] if several else []
     if unknown: raise ValueError(
         f"sparsity names {', '.join(map(repr, unknown))}, not among the layers in scope: {shortened(self._names)}")

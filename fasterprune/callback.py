@@ -9,11 +9,11 @@ from typing import Callable
 from torch import nn
 from fastcore.basics import patch
 from fastai.callback.tracker import SaveModelCallback
-from .budget import best_context, check_settings, check_steps
+from .budget import best_context, check_each, check_settings, check_steps, named_layers
 from .criteria import magnitude
 from .events import ZerosCallback
 from .granularity import check_granularity
-from .layers import tell
+from .layers import tell, tell_computed
 from .members import PrunedLayer
 from .names import explain_names
 from .schedules import check_schedule, sched_onecycle_log
@@ -48,7 +48,9 @@ class SparsifyCallback(ZerosCallback):
         check_settings(granularity, context, criteria, coupled)
         check_schedule(schedule, max(self._targets()), regrow)
         check_steps(granularity, self._targets(), start_epoch, end_epoch, min_change, regrow)
-        if isinstance(sparsity, dict): layers,exclude = list(sparsity),()
+        if isinstance(sparsity, dict):
+            check_each(context)
+            layers,exclude = named_layers(sparsity, layers, exclude),()
         self.schedule,self.start_epoch,self.end_epoch,self.min_change = schedule,start_epoch,end_epoch,min_change
         self.how = dict(granularity=granularity, context=context, criteria=criteria, layers=layers, exclude=exclude,
                         regrow=regrow, coupled=coupled)
@@ -89,11 +91,13 @@ def _mean(self:SparsifyCallback, s):
 @patch
 def _begin(self:SparsifyCallback, model):
     "See that everything fits together before anything is changed"
+    self._overshot = False
     sp = Sparsifier(model, **self.how, sample=self.learn.xb)
     groups = [g for g in sp.groups if _trains(g)]
     self._tell_frozen([l.name for g in sp.groups if g not in groups for l in g.layers], len(sp.layers))
     if groups:
         self._check_phase()
+        check_schedule(self.schedule, max(self._targets()), sp.regrow, round(self._n_iter*(self._end()-self.start_epoch)))
         budget = sp.budget(self.scheduled(1.), groups)
         self._tell_sparser(sp, budget)
         self._tell_slow(budget)
@@ -106,8 +110,8 @@ def _trains(group): return all(l.module.weight.requires_grad for l in group.laye
 def _check_phase(self:SparsifyCallback):
     n = self.learn.n_epoch
     if self.start_epoch < self._end() <= n: return
-    raise ValueError(f"pruning from start_epoch={self.start_epoch} to end_epoch={self.end_epoch} "
-                     f"does not fit into a training of {n} epochs")
+    raise ValueError(f"pruning from start_epoch={self.start_epoch} to end_epoch={self.end_epoch} does not fit into a training of {n} "
+                     "epochs (fine_tune has two, one of them with the body frozen: use fit_one_cycle, or no layer of the head)")
 
 @patch
 def _end(self:SparsifyCallback): return self._n_epoch if self.end_epoch is None else self.end_epoch
@@ -200,7 +204,8 @@ def _train_ends(self:SparsifyCallback):
     self._opening = 0
     if self.sparsifier is None: return
     self._hold()
-    if max(self._epoch, self.learn.epoch) == self._n_epoch-1 and self._trained: self._last_step() # also if that epoch was cancelled
+    last = max(self._epoch, self._seen, self.learn.epoch) == self._n_epoch-1 # even if it was cancelled
+    if last and self._trained: self._last_step()
     self._hold()
 
 @patch
@@ -283,6 +288,7 @@ class KeepSparsity(ZerosCallback):
         self.how,self.coupled,self.masks = dict(layers=layers if masks is None else list(masks), exclude=exclude),coupled,masks
 
     def _begin(self, model):
+        tell_computed(model)
         sp = Sparsifier(model, **self.how)
         if self.masks is not None: sp.masks = self.masks
         if not any(map(_has_zero_filters, sp.layers)): return sp

@@ -11,8 +11,8 @@ import numpy as np, torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['shares_inputs', 'uniform', 'erk', 'by_name', 'unscaled', 'lamp', 'one_threshold', 'check_context', 'layer_shares',
-           'apportion', 'share_out']
+__all__ = ['shares_inputs', 'uniform', 'erk', 'unscaled', 'lamp', 'one_threshold', 'check_context', 'layer_shares', 'apportion',
+           'share_out']
 
 # %% ../nbs/03_contexts.ipynb #cf4fcaac
 def uniform(
@@ -40,16 +40,6 @@ def erk(
         if not over.any(): break
         dense |= over
     return [0. if d else min(1., max(0., 1-eps*r)) for d,r in zip(dense.tolist(), raw.tolist())]
-
-# %% ../nbs/03_contexts.ipynb #cb1be20b
-def by_name(
-    sparsity:dict, # From the names of layers to their sparsities
-    names:list, # Names of all layers
-) -> list: # Sparsity of each layer; None for those that take no part
-    "Each layer gets what the dict says."
-    unknown = [n for n in sparsity if n not in names]
-    if unknown: raise ValueError(f"sparsity names {', '.join(map(repr, unknown))}, not among the layers in scope: {', '.join(names)}")
-    return [sparsity.get(n) for n in names]
 
 # %% ../nbs/03_contexts.ipynb #3ff8a85f
 def unscaled(
@@ -116,18 +106,18 @@ def check_context(
 # %% ../nbs/03_contexts.ipynb #d64174cd
 def layer_shares(
     context:Callable, # A context that gives a sparsity for each layer
-    sparsity:float|dict, # Wanted sparsity, in [0, 1), or what else the context takes
+    sparsity:float, # Wanted sparsity, in [0, 1)
     shapes:list, # Shapes of the weights
     sizes:list, # Number of blocks in each layer
     names:list, # Names of the layers
-) -> list: # Sparsity of each layer, in [0, 1], None where it takes no part
+) -> list: # Sparsity of each layer, in [0, 1]
     "Ask `context` for the sparsity of each layer; `ValueError` if it gives something else."
     known = dict(sparsity=sparsity, shapes=shapes, sizes=sizes, names=names)
     wants = _required(context)
     got = context(*[known[n] for n in wants]) if wants == shares_inputs[:3] else context(**{n: known[n] for n in wants})
-    try: got = [s if s is None else float(s) for s in got]
+    try: got = [float(s) for s in got]
     except (TypeError, ValueError): fine = False
-    else: fine = len(got) == len(sizes) and all(s is None or 0 <= s <= 1 for s in got)
+    else: fine = len(got) == len(sizes) and all(0 <= s <= 1 for s in got)
     if not fine: raise ValueError(
         f"context {getattr(context, '__name__', context)} gave {got}; it must give one sparsity in [0, 1] for each of {len(sizes)} layers")
     return got
@@ -142,17 +132,18 @@ def apportion(
     "Round `ideal` to whole numbers that add up to `total`, largest remainder first."
     low,high,ideal = (np.asarray(a) for a in (low, high, ideal))
     got = np.clip(np.floor(ideal), low, high).astype(int)
-    while (missing := total - got.sum()):
+    while (missing := int(total - got.sum())):
         room = got < high if missing > 0 else got > low
         if not room.any(): break
         wish = np.where(room, (ideal-got)*np.sign(missing), -np.inf)
         first = wish.argsort(kind='stable')[::-1][:min(abs(missing), room.sum())]
-        got[first] += np.sign(missing)
+        each = abs(missing)//len(first) # as many passes as layers, not as blocks
+        got[first] = np.clip(got[first] + np.sign(missing)*each, low[first], high[first])
     return got.tolist()
 
 # %% ../nbs/03_contexts.ipynb #ca9fc144
 def share_out(
-    shares:list, # Sparsity of each layer, without None
+    shares:list, # Sparsity of each layer
     sparsity:float, # Wanted sparsity of all layers together
     sizes:list, # Number of blocks in each layer
     low:list, # The fewest that each may lose

@@ -5,7 +5,6 @@
 # %% ../nbs/10a_cost.ipynb #e1c3b52b
 from __future__ import annotations
 import math, time
-from contextlib import contextmanager
 from dataclasses import dataclass
 import numpy as np, torch
 from torch import nn, Tensor
@@ -56,22 +55,13 @@ def _counter():
     ops = [getattr(torch.ops.aten, n) for n in _fused_attention if hasattr(torch.ops.aten, n)]
     return FlopCounterMode(display=False, custom_mapping={op: _attention_flops for op in ops})
 
-# %% ../nbs/10a_cost.ipynb #9b12a18e
-@contextmanager
-def _slow_attention():
-    "Inside, `nn.MultiheadAttention` runs as operations that the counter knows."
-    on = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try: yield
-    finally: torch.backends.mha.set_fastpath_enabled(on)
-
 # %% ../nbs/10a_cost.ipynb #54550c73
 def count_flops(
     model:nn.Module, # Any network
     sample, # A batch of inputs: a tensor, or a tuple or list of them
 ) -> dict: # From the name of each module that counted any to its FLOPs; '' is the whole model
     "FLOPs of one forward pass of `sample`, in eval mode, as `torch.utils.flop_counter` counts them; `model` is left as it was."
-    with untouched(model), torch.no_grad(), _slow_attention(), _counter() as counter: model(*as_inputs(sample, model))
+    with untouched(model), torch.no_grad(), _counter() as counter: model(*as_inputs(sample, model))
     by_module = counter.get_flop_counts()
     counts = {name.partition('.')[2]: sum(ops.values()) for name,ops in by_module.items() if name != 'Global'}
     return counts | {'': counter.get_total_flops()}

@@ -10,7 +10,6 @@ import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch
 from .flow import Labels, n_channels
-from .granularity import prunable_types
 from .probe import tensors
 from .shadows import channel_dim, follow, norm_types, storage
 

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from fastcore.basics import patch, tuplify
 from .contexts import apportion
-from .sparsifier import check_sparsity
+from .sparsity import check_sparsity
 from .tables import Table, new_axes, shortened
 
 # %% auto #0

@@ -8,19 +8,17 @@ import math, sys
 from fastcore.basics import patch
 from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException,
                                   CancelValidException)
-from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.training import GradientAccumulation
 from fastai.learner import Recorder
 from .layers import tell
+from .others import reads_gradients, writes_weights
 from .probe import unwrap
 
 # %% auto #0
-__all__ = ['ZerosCallback', 'reads_gradients']
+__all__ = ['ZerosCallback']
 
 # %% ../nbs/09a_events.ipynb #ab621ace
 class _Helper(Callback):
-    "Hands events on to the callback that it belongs to"
-    run_valid = False
+    "Hands events on to the callback that it belongs to, in validation as well"
     def __init__(self, owner): self.owner = owner
     @property
     def name(self): return f'{self.owner.name}_{type(self).__name__.strip("_").lower()}'
@@ -32,15 +30,15 @@ class _PruningFirst(_Helper):
     def before_fit(self):
         if any(cb is self.owner for cb in self.learn.cbs): self.owner._bind(self.learn)
         else: _remove_helpers(self.learn, self.owner) # it was removed, while it worked for another Learner
+    def before_epoch(self): self.owner._note_epoch()
     def after_backward(self): self.owner._mask_grads()
     def after_step(self): self.owner._mask_weights()
     def after_cancel_batch(self): self.owner._before_look() # perhaps in the middle of the optimizer's step
-    after_cancel_epoch = after_cancel_train = after_cancel_fit = after_cancel_batch
+    after_cancel_step = after_cancel_epoch = after_cancel_train = after_cancel_fit = after_cancel_batch
     def after_epoch(self): self.owner._write_column()
 
 class _PruningLast(_Helper):
-    "Comes after all other callbacks, in validation as well"
-    run_valid = True
+    "Comes after all other callbacks"
     @property
     def order(self): return math.inf if self.owner._after_ours else sys.float_info.max
     def before_train(self): self.owner._train_begins()
@@ -65,7 +63,9 @@ class _Guard:
         whole = self.method == '_do_fit'
         if whole: self._tell('_close') # a copy that was made in the middle of a fit is in none
         try: getattr(type(self.learn), self.method)(self.learn, *args)
-        except _cancelled: raise
+        except _cancelled:
+            if whole: self._tell('_epochs_over')
+            raise
         except BaseException:
             if whole or getattr(self.learn, 'training', False): self._tell('_stop') # an error in a validation may be caught
             raise
@@ -74,9 +74,17 @@ class _Guard:
     def _tell(self, what):
         for cb in [cb for cb in _ours(self.learn) if not cb._idle()]: getattr(cb, what)()
 
+class _SaveGuard(_Guard):
+    "Whoever saves finds pruned weights"
+    def __call__(self, *args, **kwargs):
+        self._tell('_before_look')
+        return getattr(type(self.learn), self.method)(self.learn, *args, **kwargs)
+
+_guards = dict(_do_fit=_Guard, one_batch=_Guard, save=_SaveGuard, export=_SaveGuard, save_sparse=_SaveGuard)
+
 def _guard(learn):
-    for m in ('_do_fit', 'one_batch'):
-        if hasattr(type(learn), m): vars(learn).setdefault(m, _Guard(learn, m))
+    for m,guard in _guards.items():
+        if hasattr(type(learn), m): vars(learn).setdefault(m, guard(learn, m))
 
 def _remove_helpers(learn, owner):
     "Remove the helpers of a callback, and the guards if no other of ours is left"
@@ -91,6 +99,7 @@ class ZerosCallback(Callback):
     sparsifier,_fitting,_disturbed,_strangers = None,False,False,True
     _after_ours = False # do other callbacks of ours come before this one, whatever the order in which they were added?
     _opening = 0 # how many `before_fit` without a training epoch or an end
+    _seen,_met = 0,None # the latest epoch that began in this fit; the callbacks that were there when we looked
 
     @property
     def learn(self): return self.__dict__.get('_learn')
@@ -119,7 +128,7 @@ class ZerosCallback(Callback):
         if self._fitting: self._hold()
         self._close()
 
-    def _close(self): self.sparsifier,self._fitting,self._opening = None,False,0
+    def _close(self): self.sparsifier,self._fitting,self._opening,self._seen,self._met = None,False,0,0,None
     def _epochs_over(self): self._fitting,self._opening = False,0
 
     def _prune(self): "Just before the forward pass"
@@ -139,11 +148,15 @@ def before_fit(self:ZerosCallback):
     if self._opening or self.sparsifier is not None: self._add_column()
 
 @patch
+def _note_epoch(self:ZerosCallback):
+    if not self._idle(): self._seen = max(self._seen, self.learn.epoch)
+
+@patch
 def _train_begins(self:ZerosCallback):
     "The first one begins a fit, after `before_fit` or in the middle of one, but not if the callback was switched off"
     if self._idle() or not (self._fitting or self.run): return
-    if self._fitting: self._epoch = max(self._epoch+1, self.learn.epoch) # a validation before the epoch sets the Learner's to zero
-    else: self.sparsifier,self._fitting,self._n_epoch,self._epoch = None,True,self.learn.n_epoch,self.learn.epoch
+    if self._fitting: self._epoch = max(self._epoch+1, self._seen) # a validation before the epoch sets the Learner's to zero
+    else: self.sparsifier,self._fitting,self._n_epoch,self._epoch = None,True,self.learn.n_epoch,max(self._seen, self.learn.epoch)
     self._opening,self._disturbed,self._measured,self._n_iter = 0,self._epoch != self.learn.epoch,None,len(self.learn.dl)
     if not self._n_iter: tell("the training data makes no batch (is it smaller than the batch size?), so nothing is trained or pruned")
 
@@ -167,7 +180,14 @@ def _pct(self:ZerosCallback):
     return (self._epoch + self.learn.iter/self._n_iter) / self._n_epoch
 
 # %% ../nbs/09a_events.ipynb #182945cb
-def _is_stranger(cb): return not (type(cb).__module__.split('.')[0] == 'fastai' or isinstance(cb, (ZerosCallback, _Helper)))
+@patch
+def _meet(self:ZerosCallback):
+    "Who else is there? Some come in the middle of a fit"
+    cbs = self.learn.cbs
+    met = [id(cb) for cb in cbs]
+    if met == self._met: return
+    others = [cb for cb in cbs if not isinstance(cb, (ZerosCallback, _Helper))]
+    self._met,self._strangers,self._reads_grads = met,writes_weights(self.learn, others),reads_gradients(self.learn, others)
 
 @patch
 def _follow(self:ZerosCallback):
@@ -186,6 +206,7 @@ def _hold(self:ZerosCallback,
     except ValueError as e: return tell(f"zeros are not kept in the present learn.model, a {type(self.learn.model).__name__}: {e}")
     self.sparsifier.apply(moved)
 
+# %% ../nbs/09a_events.ipynb #182945cc
 @patch
 def _before_look(self:ZerosCallback):
     if not (self._idle() or self._opening): self._hold(moved=not self._strangers)
@@ -204,16 +225,19 @@ def _step(self:ZerosCallback):
     if not self._fitting: self._train_begins()
     if not self._fitting: return
     self._opening = 0 # a validation in a batch may have ended by an error that someone caught
-    if self.sparsifier is None: self._start()
+    self._meet()
+    if self.sparsifier is None: _start_all(self.learn)
     else: self._follow()
     self.sparsifier.apply(moved=not self._strangers)
     self._prune()
 
 # %% ../nbs/09a_events.ipynb #9cd371e2
+def _start_all(learn):
+    "At the first batch, before any of ours changes anything: what is wrong with one of them is an error for all"
+    for cb in [cb for cb in _ours(learn) if cb._fitting and cb.sparsifier is None]: cb._start()
+
 @patch
 def _start(self:ZerosCallback):
-    "First batch of a fit"
-    self._strangers,self._reads_grads = any(map(_is_stranger, self.learn.cbs)), reads_gradients(self.learn)
     self._record.sparsity_scheduled,self._record.sparsity_measured = [],[]
     self.sparsifier = self._begin(unwrap(self.learn.model))
 
@@ -221,34 +245,6 @@ def _start(self:ZerosCallback):
 def _train_ends(self:ZerosCallback):
     self._opening = 0
     self._hold()
-
-# %% ../nbs/09a_events.ipynb #3b855252
-_one_by_one = {'weight_decay', 'l2_reg', 'average_grad', 'average_sqr_grad', 'momentum_step', 'step_stat', 'sgd_step', 'rms_prop_step',
-               'adam_step', 'radam_step', 'qhadam_step'} # of fastai's optimizers
-_one_by_one_torch = {'SGD', 'Adam', 'AdamW', 'NAdam', 'RAdam', 'RMSprop', 'Adagrad', 'Adamax', 'Adadelta'}
-_optimizer_hooks = ('_optimizer_step_pre_hooks', '_optimizer_step_post_hooks')
-_reading_events = ('after_backward', 'after_cancel_backward', 'before_step', 'after_step', 'after_cancel_step', 'after_cancel_batch')
-
-def _reads_in_between(cb): return any(hasattr(type(cb), e) or e in vars(cb) for e in _reading_events)
-
-def _looks_at_norms(opt):
-    "Does the optimizer's step of a weight depend on other gradients than its own? True if it is not known"
-    inner = getattr(opt, 'opt', opt)
-    if any(getattr(inner, hooks, None) for hooks in _optimizer_hooks) or 'step' in vars(opt) | vars(inner): return True
-    if type(inner).__module__.startswith('torch.optim'): return type(inner).__name__ not in _one_by_one_torch
-    steps = getattr(inner, 'cbs', None)
-    return type(inner).__name__ != 'Optimizer' or steps is None or not {_name_of(s) for s in steps} <= _one_by_one
-
-def _name_of(step): return getattr(getattr(step, 'func', step), '__name__', '') # a step may be a partial
-
-def reads_gradients(
-    learn, # The Learner
-) -> bool: # True if in doubt
-    "Does a callback or the optimizer look at more than one gradient at a time?"
-    harmless = (GradientAccumulation, MixedPrecision, ZerosCallback, _Helper)
-    others = [cb for cb in learn.cbs if not isinstance(cb, harmless)]
-    if any(isinstance(cb, GradientAccumulation) for cb in learn.cbs) and any(map(_is_stranger, others)): return True # between batches, too
-    return _looks_at_norms(learn.opt) or any(map(_reads_in_between, others))
 
 # %% ../nbs/09a_events.ipynb #0b28a4e2
 @patch

@@ -12,7 +12,7 @@ from .budget import best_context
 from .criteria import magnitude
 from .curves import LayerSensitivity, SparsityCurve, knee, within
 from .granularity import final_sparsity
-from .sparsifier import check_sparsity
+from .sparsity import check_sparsity
 from .trial import PrunedCopies, validated
 
 # %% auto #0

@@ -61,8 +61,8 @@ def granularities(
 ) -> dict: # From name to the tuple of pooled dimensions, among 'out', 'in', 'd', 'h', 'w'
     "The granularities that `module` knows by name."
     if not isinstance(module, type): return dict(_names[_kind(module)])
-    if issubclass(module, nn.Linear): return dict(_names[0])
-    return dict(_names[int(re.search(r'(\d)d', module.__name__)[1])])
+    kinds = {nn.Linear: 0, **{t: d for ts in (_convs, _transposed) for d,t in enumerate(ts, 1)}}
+    return dict(next(_names[d] for t,d in kinds.items() if issubclass(module, t)))
 
 # %% ../nbs/02_granularity.ipynb #e4d9a05c
 _pattern = re.compile(r'(\d+):(\d+)')

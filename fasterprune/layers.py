@@ -5,7 +5,7 @@
 # %% ../nbs/02a_layers.ipynb #8cf1a532
 from __future__ import annotations
 from collections.abc import Iterable
-import warnings
+import copy, warnings
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -13,7 +13,7 @@ from .granularity import prunable_types
 from .tables import shortened
 
 # %% auto #0
-__all__ = ['find_layers', 'changes_weight', 'tell']
+__all__ = ['find_layers', 'changes_weight', 'tell', 'tell_computed']
 
 # %% ../nbs/02a_layers.ipynb #7c83842d
 def _named(name, names): return any(name == n or name.startswith(n+'.') for n in names)
@@ -88,10 +88,11 @@ def find_layers(
     exclude = _as_names(exclude)
     _check_names(model, exclude, 'exclude')
     out,pick,found = _modules(model, exclude),_as_predicate(model, layers),{}
+    dense = {id(m._parameters.get('weight')) for m in out if m._parameters.get('weight') is not None}
     for name,module in _prunable(model).items():
         if module in out or not pick(name, module): continue
         w = _weight(name, module)
-        if w.numel() and id(w) not in found: found[id(w)] = name,module
+        if w.numel() and id(w) not in found.keys() | dense: found[id(w)] = name,module
     if found: return dict(found.values())
     raise ValueError(f"no layer to prune: layers={layers} and exclude={exclude} leave none of the model's prunable layers, "
                      f"{shortened(_prunable(model))}")
@@ -121,9 +122,10 @@ def changes_weight(
     "Does the layer compute another weight from its parameter in the forward pass? False where it cannot be seen."
     if type(module).forward.__module__.startswith('torch.'): return False
     try:
-        with torch.no_grad(), _Weights() as used: type(module).forward(module, _tiny_input(module))
+        alone = copy.deepcopy(module, {id(v): {} for k,v in vars(module).items() if k.endswith('_hooks')}).eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _Weights() as used: type(alone).forward(alone, _tiny_input(alone))
     except Exception: return False
-    return bool(used.seen) and not any(w is module.weight for w in used.seen)
+    return bool(used.seen) and not any(w is alone.weight for w in used.seen)
 
 # %% ../nbs/02a_layers.ipynb #1f2b0307
 def tell(
@@ -133,3 +135,12 @@ def tell(
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_rank(): return
     warnings.warn(text, stacklevel=5)
+
+# %% ../nbs/02a_layers.ipynb #1f2b0308
+def tell_computed(
+    model:nn.Module, # Any network
+):
+    "Tell of zeros in weights that are computed from other parameters, by `weight_norm` for instance: they cannot be kept."
+    computed = [(n, m.weight) for n,m in model.named_modules() if isinstance(m, prunable_types) and m._parameters.get('weight') is None]
+    names = [n for n,w in computed if w is not None and bool((w == 0).any())]
+    if names: tell(f"these layers compute their weight from other parameters, so its zeros are not kept: {shortened(names)}")

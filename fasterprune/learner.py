@@ -14,7 +14,8 @@ from fastai.torch_core import rank_distrib
 from . import engine, report, saved, storage
 from .events import ZerosCallback
 from .find import sparsity_find
-from .layers import prunable_types, tell
+from .granularity import prunable_types
+from .layers import tell
 from .members import PrunedLayer
 from .optimizers import cut_optimizer
 from .probe import as_inputs, copied, unwrap

@@ -40,7 +40,6 @@ class Ticket:
 
     @property
     def rewind_epoch(self) -> int: return self.settings.get('rewind_epoch', 0)
-
     def __float__(self): return sum(int((~m).sum()) for m in self.masks.values()) / sum(m.numel() for m in self.masks.values())
 
     def __repr__(self):
@@ -101,8 +100,7 @@ def _fit(learn, n_epoch, lr_max, cbs, start_epoch, seed):
     learn.opt = None # what the optimizer remembers is of another training
     if seed is not None:
         set_seed(seed)
-        for dl in learn.dls.loaders:
-            if hasattr(dl, 'rng'): dl.rng.seed(seed)
+        for dl in [dl for dl in learn.dls.loaders if hasattr(dl, 'rng')]: dl.rng.seed(seed)
     learn.fit_one_cycle(n_epoch, lr_max, cbs=cbs, start_epoch=start_epoch)
 
 # %% ../nbs/16_lottery.ipynb #010f3d83
@@ -211,7 +209,8 @@ def _take_up(path, settings):
 # %% ../nbs/16_lottery.ipynb #0340542b
 def _check_search(learn, n_epoch, rounds, rewind_epoch, layers=nn.Conv2d, exclude=(), **_):
     "What can be wrong, before anything is trained"
-    if n_epoch != int(n_epoch): raise ValueError(f"n_epoch got {n_epoch}; it is a whole number of epochs (was sparsity={n_epoch} meant?)")
+    if n_epoch != int(n_epoch) or n_epoch < 1: raise ValueError(
+        f"n_epoch got {n_epoch}; it is a whole number of epochs, at least 1 (was sparsity={n_epoch} meant?)")
     if not 0 <= rewind_epoch < n_epoch: raise ValueError(
         f"rewind_epoch got {rewind_epoch}; it is a number of epochs from 0 to {n_epoch-1}, as a round has n_epoch={n_epoch}")
     if rounds < 1: raise ValueError(f"rounds got {rounds}; there must be at least 1")
@@ -222,7 +221,7 @@ def find_ticket(
     learn:Learner, # Its model's present weights are the beginning; afterwards it holds the ticket, rewound
     n_epoch:int, # Epochs of each round
     lr_max:float|None=None, # Maximum learning rate of the one cycle; the Learner's if None
-    sparsity:float=0.9, # Of the ticket, in [0, 1)
+    sparsity:float|dict=0.9, # Of the ticket, in [0, 1), or a dict from layer names to such numbers
     rounds:int=1, # How often to train, prune and rewind
     rewind_epoch:int=0, # Rewind to the end of so many epochs; 0: to the very beginning
     schedule:Callable=sched_onecycle, # How each round is pruned, `(start, end, pos) -> sparsity`
@@ -233,7 +232,7 @@ def find_ticket(
 ) -> Ticket: # The ticket of the last round
     "Rounds of train → prune → rewind; `ValueError` if a number makes no sense or `path` holds another search."
     SparsifyCallback(sparsity, schedule=schedule, **kwargs) # says now what is wrong
-    _check_search(learn, n_epoch, rounds, rewind_epoch, **kwargs)
+    _check_search(learn, n_epoch, rounds, rewind_epoch, **(dict(layers=list(sparsity)) if isinstance(sparsity, dict) else kwargs))
     settings = _settings(schedule, sparsity=sparsity, rounds=rounds, n_epoch=n_epoch, lr_max=lr_max, rewind_epoch=rewind_epoch,
                          seed=seed, **kwargs)
     done,ticket = (0, None) if path is None else _take_up(path, settings)
@@ -268,9 +267,10 @@ def _blocks(mask):
 # %% ../nbs/16_lottery.ipynb #0935f109
 def _in_lots(mask, m, g):
     "A pattern in which the weights of each lot of `m` are in random order"
-    lots = mask.movedim(1, -1).unflatten(-1, (-1, m))
-    order = torch.rand(lots.shape, generator=g).argsort(-1)
-    return lots.gather(-1, order).flatten(-2).movedim(-1, 1).contiguous()
+    def lots(dim): return mask.movedim(dim, -1).unflatten(-1, (-1, m))
+    dim = int(mask.shape[1] % m == 0 and lots(1).sum(-1).unique().numel() == 1) # transposed layers have their inputs first
+    order = torch.rand(lots(dim).shape, generator=g).argsort(-1)
+    return lots(dim).gather(-1, order).flatten(-2).movedim(-1, dim).contiguous()
 
 # %% ../nbs/16_lottery.ipynb #eb1be1e4
 def _in_blocks(mask, orders, g):

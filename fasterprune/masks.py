@@ -10,6 +10,7 @@ from fastcore.basics import patch
 from .channels import ChannelGraph
 from .flow import following_norms
 from .members import Entries, PrunedLayer
+from .shadows import norm_types
 
 # %% auto #0
 __all__ = ['Group', 'entries_of', 'bias_of', 'lone_groups', 'coupled_groups', 'own_groups']
@@ -137,8 +138,6 @@ def bias_of(
     return [] if layer.module.bias is None else [Entries(layer.module, 'bias', range(layer.n), range(layer.n))]
 
 # %% ../nbs/07_masks.ipynb #53fffb08
-_norms = (nn.modules.batchnorm._NormBase,)
-
 def lone_groups(
     model:nn.Module, # The network
     layers:list, # `PrunedLayer`s
@@ -146,7 +145,7 @@ def lone_groups(
 ) -> list: # A `Group` for each layer
     "Each layer has a mask of its own; with whole filters, their biases and norms are in it."
     whole,norms = [l for l in layers if l.blocks.whole_outputs],{}
-    if whole and any(isinstance(m, _norms) for m in model.modules()):
+    if whole and any(isinstance(m, norm_types) for m in model.modules()):
         norms = following_norms(model, [l.module for l in whole], sample)
     def dependents(layer):
         if layer not in whole: return []

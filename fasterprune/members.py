@@ -170,21 +170,22 @@ def from_weight(self:PrunedLayer,
     raise ValueError(f"the mask of layer {self.name} cuts blocks apart: it is not one of whole blocks of this granularity")
 
 # %% ../nbs/06a_members.ipynb #661b30cf
-def _only_input_channels(layer, zero):
-    "Are the zeros whole input channels, with at least eight weights, and nothing else?"
+def _only_last_inputs(layer, zero):
+    "Are the zeros the last input channels, with at least eight weights each, and nothing else?"
     view = weight_view(layer.module, zero)
     rest = [1, *range(3, view.ndim)] # all dimensions but group and input
     inputs = view.permute(0, 2, *rest).flatten(2)
-    size = inputs.shape[2]
+    dead,size = inputs.all(2),inputs.shape[2]
     if size < 8 or view.shape[1] == 1 or set(rest) <= set(layer.blocks.axes): return False
-    return int(inputs.all(2).sum())*size == int(zero.sum())
+    n_live = int((~dead).sum(1).max())
+    return bool(dead[:,n_live:].all()) and int(dead.sum())*size == int(zero.sum())
 
 def began_at_zero(
     layer:PrunedLayer, # A layer with zeros
-) -> bool: # True if no pruning left them
+) -> bool: # True if they look as no pruning leaves them
     "Are the zeros of the layer those of an initialisation?"
     zero = layer.weight == 0
-    if bool(zero.all()) or _only_input_channels(layer, zero): return True
+    if bool(zero.all()) or _only_last_inputs(layer, zero): return True
     return bool((zero | (layer.weight == 1)).all())
 
 # %% ../nbs/06a_members.ipynb #630452d6

@@ -95,8 +95,8 @@ def _kept(module, n_out, n_in):
 # %% ../nbs/11a_pictures.ipynb #371d4da4
 def plot_kernels(
     module:nn.Module, # A layer that can be pruned
-    n_out:int=32, # Output channels to show, of each group the first ones
-    n_in:int=16, # Input channels to show
+    n_out:int=32, # Output channels to show, the first ones
+    n_in:int=16, # Input channels of their group to show, the first ones
     ax=None, # Matplotlib axes to draw on; new ones if None
 ): # The matplotlib axes
     "Which weights of a layer are left: its kernels as an image, output channels across, input channels down."

@@ -14,7 +14,7 @@ from .granularity import weight_unview, weight_view
 from .layers import tell
 
 # %% auto #0
-__all__ = ['unwrap', 'tensors', 'as_inputs', 'untouched', 'Patience', 'copied', 'input_scale']
+__all__ = ['unwrap', 'tensors', 'as_inputs', 'untouched', 'Patience', 'copied', 'first_input', 'input_scale']
 
 # %% ../nbs/05_probe.ipynb #e743bdb5
 _parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -168,13 +168,18 @@ def copied(
         raise ValueError(f"the model cannot be copied: {_uncopied(model)} ({type(e).__name__}: {e}); nothing was changed") from e
 
 # %% ../nbs/05_probe.ipynb #5172626a
-def _first(args, kwargs): return args[0] if args else next(iter(kwargs.values()))
+def first_input(
+    args:tuple, # What a layer was called with
+    kwargs:dict, # By name
+): # The first of them
+    "What goes in, however it is passed."
+    return args[0] if args else next(iter(kwargs.values()))
 
 # %% ../nbs/05_probe.ipynb #d385ffec
 def _run_with_hooks(model, sample, modules, hook):
     "Run the sample, with `hook(module, input)` at each of `modules`"
     with untouched(model) as net, torch.no_grad():
-        for m in modules: m.register_forward_hook(lambda m,args,kwargs,out: hook(m, _first(args, kwargs)), with_kwargs=True)
+        for m in modules: m.register_forward_hook(lambda m,args,kwargs,out: hook(m, first_input(args, kwargs)), with_kwargs=True)
         net(*as_inputs(sample, net))
 
 # %% ../nbs/05_probe.ipynb #3f1629e0

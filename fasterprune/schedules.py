@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect, math
 from functools import partial
 from typing import Callable
+from .tables import new_axes
 
 # %% auto #0
 __all__ = ['sched_oneshot', 'sched_imp', 'sched_iterative', 'sched_agp', 'sched_onecycle', 'sched_onecycle_log', 'sched_dsd',
@@ -157,9 +158,7 @@ def plot_schedules(
     ax=None, # Matplotlib axes to draw on; new ones if None
 ): # The matplotlib axes
     "Draw the sparsity that each schedule asks for over the training."
-    if ax is None:
-        import matplotlib.pyplot as plt
-        ax = plt.subplots(figsize=(7, 4))[1]
+    ax = new_axes(ax, figsize=(7, 4))
     if not isinstance(scheds, dict): scheds = {schedule_name(s): s for s in scheds}
     pos = [i/500 for i in range(501)]
     for name,s in scheds.items(): ax.plot(pos, [s(0., sparsity, p) for p in pos], label=name)

@@ -11,19 +11,13 @@ from .criteria import is_elementwise
 from .granularity import weight_unview, weight_view
 from .masks import Group
 from .members import PrunedLayer
+from .selected import all_fine
 
 # %% auto #0
-__all__ = ['all_fine', 'bad_scores', 'check_finite', 'in_single', 'LazyScores', 'layer_scores', 'group_scores']
+__all__ = ['bad_scores', 'check_finite', 'in_single', 'LazyScores', 'layer_scores', 'group_scores']
 
 # %% ../nbs/07a_scores.ipynb #6dc96a97
 def _name(criteria): return getattr(criteria, '__name__', repr(criteria))
-
-def all_fine(
-    a:np.ndarray, # float32 or float64
-) -> bool: # Are all finite and ≥ 0?
-    "One look at the bits."
-    bits = a.view(f'u{a.itemsize}')
-    return bits.size == 0 or bits.max() < np.array(np.inf, a.dtype).view(bits.dtype)
 
 def bad_scores(
     criteria:Callable, # The criterion

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 # %% auto #0
-__all__ = ['Selected', 'BadScores', 'is_bad', 'check_scores']
+__all__ = ['Selected', 'BadScores', 'is_bad', 'all_fine', 'check_scores']
 
 # %% ../nbs/04_selected.ipynb #df5e11ec
 class Selected(NamedTuple):
@@ -40,7 +40,12 @@ def is_bad(
     return not (lo >= 0 and (hi < math.inf or allow_inf)) # NaN fails each comparison
 
 # %% ../nbs/04_selected.ipynb #e0433ad0
-_bits = {4: (np.uint32, 0x7f800000), 8: (np.uint64, 0x7ff0000000000000)} # by size of a float: a whole number as large, and infinity's bits
+def all_fine(
+    a:np.ndarray, # float32 or float64
+) -> bool: # Are all finite and ≥ 0?
+    "One look at the bits."
+    bits = a.view(f'u{a.itemsize}')
+    return bits.size == 0 or bits.max() < np.array(np.inf, a.dtype).view(bits.dtype)
 
 def check_scores(
     x:np.ndarray, # Scores, 1-d
@@ -48,7 +53,6 @@ def check_scores(
     allow_inf:bool=False, # May scores be infinite?
 ):
     "`BadScores` if `x` holds what is no score."
-    dtype,inf = _bits[x.itemsize]
-    if not len(x) or x.view(dtype).max() < inf: return
+    if all_fine(x): return
     lo,hi = float(x.min()),float(x.max())
     if is_bad(lo, hi, allow_inf): raise BadScores(index, lo, hi)

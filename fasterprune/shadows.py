@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from .granularity import prunable_types
-from .probe import Patience, as_inputs, tensors, untouched
+from .probe import Patience, as_inputs, first_input, tensors, untouched
 
 # %% auto #0
 __all__ = ['norm_types', 'Call', 'storage', 'Shadows', 'NoRule', 'elementwise', 'channel_dim', 'follow']
@@ -251,14 +251,11 @@ def _few(inputs, n=2):
     lengths = {len(t) if t.ndim else 0 for t in tensors(inputs)}
     return tree_map(lambda t: t[:n].clone() if isinstance(t, Tensor) else t, inputs) if len(lengths) == 1 and min(lengths) > n else inputs
 
-# %% ../nbs/05a_shadows.ipynb #f93a6b04
-def _take(m, args, kwargs): return args[0] if args else next(iter(kwargs.values()))
-
 # %% ../nbs/05a_shadows.ipynb #bed6b2ed
 def _watch(shadows, layers, patience):
     "Tell `shadows` of every layer that runs"
     for m in layers:
-        m.register_forward_pre_hook(lambda m,args,kwargs: shadows.enter(m, _take(m, args, kwargs)), with_kwargs=True)
+        m.register_forward_pre_hook(lambda m,args,kwargs: shadows.enter(m, first_input(args, kwargs)), with_kwargs=True)
         m.register_forward_hook(lambda m,args,out: shadows.leave(m, out))
         m.register_forward_hook(lambda *args: patience.step())
 

@@ -12,14 +12,14 @@ from fastcore.basics import patch
 from .budget import Budget, check_settings
 from .contexts import one_threshold, unscaled
 from .criteria import magnitude
-from .layers import find_layers, tell
+from .layers import find_layers
 from .masks import coupled_groups, lone_groups, own_groups
 from .members import PrunedLayer
 from .names import explain_names
 from .probe import as_inputs, input_scale, unwrap
 from .scores import bad_scores, check_finite, group_scores, in_single
 from .selection import BadScores, Selected, select_groups
-from .sparsity import Sparsity, check_sparsity, count_zeros, measured_sparsity
+from .sparsity import Sparsity, count_zeros
 from .tables import shortened
 
 # %% auto #0
@@ -272,4 +272,6 @@ def _counterparts(self:Sparsifier, other):
                              "it must be a copy of the one that is pruned")
     return {m.module: theirs[self._name_of[m.module]] for m in members}
 
-def _alike(member, other): return getattr(getattr(other, member.param, None), 'shape', None) == member.tensor.shape
+def _alike(member, other):
+    own = {} if other is None else other._parameters | other._buffers # what a parametrization computes is no place for zeros
+    return getattr(own.get(member.param), 'shape', None) == member.tensor.shape

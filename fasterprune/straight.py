@@ -9,6 +9,7 @@ from typing import Callable
 import numpy as np, torch
 from torch import nn, Tensor
 from fastcore.basics import patch
+from fastai.callback.fp16 import NonNativeMixedPrecision
 from .callback import SparsifyCallback
 from .criteria import magnitude
 from .events import ZerosCallback
@@ -111,9 +112,11 @@ class StraightThrough(SparsifyCallback):
 # %% ../nbs/10b_straight.ipynb #b10b0027
 @patch
 def _check_alone(self:StraightThrough, sp):
+    if any(isinstance(cb, NonNativeMixedPrecision) for cb in self.learn.cbs): raise ValueError(
+        "to_non_native_fp16 trains copies of the weights, which StraightThrough does not see: use to_fp16")
     others = [cb for cb in self.learn.cbs if isinstance(cb, StraightThrough) and cb is not self and cb.sparsifier is not None]
-    theirs = {l.module for cb in others for l in cb.sparsifier.layers}
-    twice = [l.name for l in sp.layers if l.module in theirs]
+    theirs = {id(l.module.weight) for cb in others for l in cb.sparsifier.layers}
+    twice = [l.name for l in sp.layers if id(l.module.weight) in theirs]
     if twice: raise ValueError(f"{shortened(twice, 3)} would be pruned by two StraightThrough callbacks: remove one of them, "
                                "or give them different layers with layers= or exclude=")
 

@@ -4,7 +4,7 @@
 
 # %% ../nbs/14_surgery.ipynb #10ab709e
 from __future__ import annotations
-import time
+import copy, time
 import torch
 from torch import nn, Tensor
 from .channels import ChannelGraph
@@ -207,5 +207,6 @@ def wrapped_like(
     if '_orig_mod' in outer._modules: return wrapped_like(small, outer._orig_mod)
     if isinstance(outer, nn.parallel.DistributedDataParallel): return _distributed_like(wrapped_like(small, outer.module), outer)
     if not isinstance(outer, nn.DataParallel): return small
-    outer.module = wrapped_like(small, outer.module)
-    return outer
+    new = copy.copy(outer) # the old one keeps the large network, until all has gone well
+    new._modules = dict(outer._modules, module=wrapped_like(small, outer.module))
+    return new

@@ -2,7 +2,8 @@
 import copy, pytest, torch, torchvision
 from torch import nn
 from fasterprune.surgery import shrink
-from fasterprune.sparsifier import Sparsifier, measured_sparsity
+from fasterprune.sparsifier import Sparsifier
+from fasterprune.sparsity import measured_sparsity
 from fasterprune.storage import load_sparse, save_sparse
 from conftest import conv_net, fit, make_learner
 

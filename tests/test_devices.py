@@ -11,7 +11,8 @@ from fasterprune.callback import SparsifyCallback
 from fasterprune.contexts import lamp, unscaled
 from fasterprune.granularity import granularities
 from fasterprune.probe import input_scale
-from fasterprune.sparsifier import Sparsifier, measured_sparsity
+from fasterprune.sparsifier import Sparsifier
+from fasterprune.sparsity import measured_sparsity
 from fasterprune.surgery import cut_channels
 from conftest import conv_net, fit
 from test_ranks import criteria

@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from fasterprune import engine, kernels, saved
-from fasterprune.allocation import by_multiplications, multiplications
+from fasterprune.allocation import by_multiplications, multiplications, uses
 from fasterprune.batches import largest_error
 from fasterprune.engine import fast_cpu
 from fasterprune.planes import Chain, Conv, Planes, TapLayer
@@ -542,6 +542,24 @@ def test_multiplications():
     m[0].weight.data[0] = 0
     assert multiplications(m, torch.randn(3, 4, 8, 8)) == {'0': (16*8*18, 16*7*18), '1': (16*8*4*4,)*2, '3': (4*64*5,)*2}
     assert m.training
+
+def test_uses_counts_all_that_is_made_of_an_image_and_leaves_no_trace():
+    class Windows(nn.Module):
+        def __init__(self): super().__init__(); self.lin,self.drop = nn.Linear(8, 4),nn.Dropout(.5)
+        def forward(self, x): return self.lin(input=self.drop(x.flatten(0, 1)))
+    m,chance = Windows(),torch.get_rng_state()
+    assert uses(m, torch.randn(2, 4, 5, 8, generator=torch.Generator())) == {'lin': 20} and m.training
+    assert torch.equal(torch.get_rng_state(), chance)
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize('sparsity,layers,text', [(90, nn.Linear, 'pass 0.9'), (.9, nn.Conv2d, 'no layer to prune'), (.9, 'nope', 'is not in the model')])
+def test_by_multiplications_says_what_is_wrong(sparsity, layers, text):
+    with pytest.raises(ValueError, match=text): by_multiplications(nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 4)), torch.randn(2, 8), sparsity, layers=layers)
+
+def test_by_multiplications_takes_names():
+    m,x = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.MaxPool2d(4), nn.Conv2d(32, 64, 3, padding=1), nn.Conv2d(64, 8, 1)),torch.randn(1, 3, 32, 32)
+    r = Sparsifier(m, context=by_multiplications(m, x, .9, layers=['0', '2']), layers=['0', '2']).sparsify(.9)
+    assert r.zeros == round(.9*r.n) and list(r.layers) == ['0', '2']
 
 def test_by_multiplications_reaches_both_targets():
     m,x = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.MaxPool2d(4), nn.Conv2d(32, 64, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(64, 128, 3, padding=1)),torch.randn(1, 3, 32, 32)

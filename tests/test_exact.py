@@ -43,6 +43,10 @@ def test_every_criterion(learner, criteria, context):
     got = blocks(learn, 'weight')
     assert sum(d for _,d in got) == (sum(round(.7*n) for n,_ in got) if context == 'local' else round(.7*sum(n for n,_ in got)))
 
+def test_a_type_of_ones_own_knows_the_names_of_its_kind():
+    class Mine(nn.ConvTranspose1d): pass
+    assert granularities(Mine) == granularities(nn.Conv1d) == granularities(Mine(2, 2, 3))
+
 @pytest.mark.parametrize('name', granularities(nn.Conv2d))
 def test_every_granularity_of_conv2d(learner, name):
     learn = learner()

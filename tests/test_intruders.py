@@ -281,6 +281,17 @@ def test_zeros_of_an_initialisation_learn(learner):
     assert (learn.model[0].weight[:, 2:] != 0).any()
     assert zeros(learn.model) == wanted(learn.model, .5)
 
+@pytest.mark.parametrize('granularity', ['column', 'shared_kernel', 'shared_weight'])
+def test_input_channels_that_were_pruned_are_kept(learner, granularity):
+    linear = granularity != 'shared_kernel'
+    learn = learner(model=nn.Sequential(nn.Flatten(), nn.Linear(144, 16), nn.ReLU(), nn.Linear(16, 3)) if linear else conv_net(16))
+    name = '1' if linear else '3'
+    fit(learn, 2, cbs=SparsifyCallback(.5, granularity, layers=name))
+    gone = learn.model.get_submodule(name).weight == 0
+    assert gone.sum() == gone.numel()//2
+    fit(learn, 2, cbs=KeepSparsity())
+    assert torch.equal(learn.model.get_submodule(name).weight == 0, gone)
+
 @pytest.mark.parametrize('granularity', ['weight', 'kernel', 'filter'])
 def test_zeros_of_a_pruning_are_taken_over(granularity):
     m = conv_net(16)
@@ -366,6 +377,31 @@ def test_weights_that_are_standardised_on_the_way_are_told():
     class Standardised(nn.Conv2d):
         def forward(self, x): return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
     assert 'another weight' in told(lambda: Sparsifier(nn.Sequential(Standardised(2, 4, 3))).sparsify(.5))
+
+def test_a_layer_with_a_memory_is_not_run_to_look_at_it():
+    class Observed(nn.Conv2d):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.register_buffer('highest', torch.ones(()))
+            self.calls = 0
+        def forward(self, x):
+            self.calls += 1
+            self.highest.mul_(.9).add_(.1*x.abs().max())
+            return super().forward(x + torch.randn(()))
+    net = nn.Sequential(Observed(2, 4, 3)).train()
+    sp,chance = Sparsifier(net),torch.get_rng_state()
+    for s in (.2, .5, .8): sp.update(s)
+    assert net[0].calls == 0 and net[0].highest == 1 and torch.equal(torch.get_rng_state(), chance) and net[0].training
+
+def test_a_shared_weight_is_excluded_under_each_of_its_names():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    net[1].weight = net[0].weight
+    Sparsifier(net, layers=nn.Linear, exclude='0').sparsify(.5)
+    assert (net[1].weight != 0).all() and (net[2].weight == 0).sum() == 32
+
+def test_a_schedule_that_overshoots_is_told_in_each_fit(learner):
+    cb,learn = local(.5, schedule=lambda s, e, p: 1.1*e*p),learner()
+    for _ in range(2): assert 'more than its target' in told(lambda: fit(learn, 1, cbs=cb))
 
 def test_keep_sparsity_keeps_zero_channels_beside_a_living_norm(learner):
     learn = learner()

@@ -6,7 +6,8 @@ from torch import nn
 from fasterprune.criteria import magnitude
 from fasterprune.lottery import Ticket, find_ticket, load_ticket, restarted, save_ticket, shuffled, train_ticket
 from fasterprune.schedules import sched_agp, sched_between, sched_imp, sched_onecycle, sched_oneshot
-from fasterprune.sparsifier import measured_sparsity
+from fasterprune.sparsifier import Sparsifier
+from fasterprune.sparsity import measured_sparsity
 from conftest import conv_net, fit, make_learner, same, state
 
 def quietly(f, learn, *args, **kwargs):
@@ -183,6 +184,19 @@ def test_controls(learner):
     other = conv_net()
     r = restarted(ticket, other)
     assert same(r.masks, ticket.masks) and torch.equal(r.start['0.weight'], other[0].weight) and r.rewind_epoch == 0
+
+def test_a_dict_of_linear_layers(learner):
+    learn = learner(model=nn.Sequential(nn.Flatten(), nn.Linear(144, 16), nn.ReLU(), nn.Linear(16, 3)))
+    ticket = quietly(find_ticket, learn, 1, 1e-2, sparsity={'1': .5}, seed=0)
+    assert list(ticket.masks) == ['1'] and float(ticket) == .5
+
+@pytest.mark.parametrize('layer,dim', [(nn.Conv2d(8, 12, 3), 1), (nn.ConvTranspose2d(8, 12, 3), 0), (nn.ConvTranspose2d(8, 6, 3), 0)])
+def test_a_shuffled_pattern_is_still_one(layer, dim):
+    net = nn.Sequential(layer)
+    sp = Sparsifier(net, '2:4', layers=type(layer))
+    sp.sparsify(.5)
+    mask = shuffled(Ticket(sp.masks, net.state_dict(), dict(granularity='2:4')), 3).masks['0']
+    assert (mask.movedim(dim, -1).unflatten(-1, (-1, 4)).sum(-1) == 2).all() and not torch.equal(mask, sp.masks['0'])
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize('kwargs,text', [

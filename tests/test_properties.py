@@ -128,18 +128,3 @@ def test_patterns_hold_at_the_end_and_on_the_way(seed, part, pattern, context):
     assert all((k >= n).all() for k in kept)
     sp.update(1-n/m)
     assert all((k == n).all() for k in lots())
-
-@given(st.floats(0, .99), st.lists(st.tuples(st.integers(1, 64), st.integers(1, 64), st.sampled_from([1, 3, 7])), min_size=1, max_size=6))
-def test_erk_adds_up(sparsity, shapes):
-    shapes = [(o, i, k, k) for o,i,k in shapes]
-    sizes = [int(np.prod(s)) for s in shapes]
-    got = erk(sparsity, shapes, sizes)
-    assert all(0 <= s <= 1 for s in got) and np.dot(got, sizes) == pytest.approx(sparsity*sum(sizes), rel=1e-6, abs=1e-6)
-
-@given(st.integers(1, 200), st.lists(st.floats(0, 50), min_size=1, max_size=8), st.integers(0, 99))
-def test_apportion_adds_up_within_bounds(total, ideal, seed):
-    rng = np.random.default_rng(seed)
-    low = rng.integers(0, 5, len(ideal)); high = low + rng.integers(0, 60, len(ideal))
-    got = apportion(total, ideal, low, high)
-    assert all(l <= g <= h for l,g,h in zip(low, got, high))
-    if low.sum() <= total <= high.sum(): assert sum(got) == total

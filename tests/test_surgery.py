@@ -319,6 +319,16 @@ def test_the_learner_trains_on_with_its_optimizer(learner, name):
     assert close(outputs(big, x), outputs(learn.model, x), 1e-3)
     before = state(learn); fit(learn, 1); assert not same(before, state(learn))
 
+@pytest.mark.fault
+def test_an_error_while_the_optimizer_is_cut_changes_nothing_in_a_wrapped_network(learner, monkeypatch):
+    learn = learner(model=nn.DataParallel(res()))
+    fit(learn, 2, cbs=SparsifyCallback(.5, 'filter', coupled=True))
+    before,net,shapes = learn.model,learn.model.module,[p.shape for p in learn.model.parameters()]
+    def fails(*args): raise RuntimeError('in between')
+    monkeypatch.setattr('fasterprune.learner.cut_optimizer', fails)
+    with pytest.raises(RuntimeError, match='in between'): learn.shrink()
+    assert learn.model is before and before.module is net and [p.shape for p in learn.model.parameters()] == shapes
+
 @pytest.mark.situation
 def test_shrink_takes_a_batch_of_its_own_and_saves_and_loads(learner):
     learn = learner(model=nn.DataParallel(res()))
