@@ -19,7 +19,8 @@ from fasterprune.experiments.data import load_data
 from fasterprune.experiments.keys import run_key, versions
 from fasterprune.experiments.models import small_resnet
 from fasterprune.experiments.results import Results
-from fasterprune.callback import KeepSparsity, SparsifyCallback
+from fasterprune.callback import SparsifyCallback
+from fasterprune.keep import KeepSparsity
 from fasterprune.schedules import sched_between, sched_agp, sched_onecycle, sched_onecycle_log, sched_oneshot
 from fasterprune.sparsifier import Sparsifier
 from fasterprune.sparsity import measured_sparsity

@@ -17,7 +17,8 @@ from .layers import find_layers
 from .channels import ChannelGraph
 from .sparsity import Sparsity, measured_sparsity
 from .sparsifier import Sparsifier
-from .callback import KeepSparsity, SparsifyCallback
+from .callback import SparsifyCallback
+from .keep import KeepSparsity
 from .straight import StraightThrough
 
 # %% ../nbs/18_all.ipynb #a93000e2

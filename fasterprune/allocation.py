@@ -40,7 +40,8 @@ def uses(
             if isinstance(m, prunable_types): m.register_forward_hook(note(n), with_kwargs=True)
         inputs = as_inputs(sample, net)
         net(*inputs)
-    return {n: k//len(tensors(inputs)[0]) for n,k in found.items()}
+    n_items = next((len(t) for t in tensors(inputs) if t.ndim), 1)
+    return {n: max(1, k//n_items) for n,k in found.items()}
 
 # %% ../nbs/15d_allocation.ipynb #b79fe6f8
 def multiplications(
@@ -88,10 +89,11 @@ def by_multiplications(
     sparsity:float, # The sparsity that will be reached in the end, in [0, 1)
     left:float=None, # The fraction of the multiplications that should be left then; half of what LAMP leaves if None
     layers=nn.Conv2d, # As for `SparsifyCallback`
+    exclude=(), # As for `SparsifyCallback`
 ) -> Callable: # A context: a function of sparsity, shapes and names
     "A context that shares the sparsity out with LAMP's care for thin layers, but so that few multiplications are left."
     sparsity = check_sparsity(sparsity)
-    places,chosen = uses(model, sample),find_layers(unwrap(model), layers)
+    places,chosen = uses(model, sample),find_layers(unwrap(model), layers, exclude)
     at = np.array([places.get(n, 0) for n in chosen], float).clip(1)
     sizes = np.array([m.weight.numel() for m in chosen.values()], float)
     def share(power): return np.dot(_densities((1 - sparsity)*sizes.sum(), sizes, at, power), sizes*at)/np.dot(sizes, at)

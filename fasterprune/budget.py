@@ -60,10 +60,12 @@ def check_each(
 
 def named_layers(
     sparsity:dict, # From the names of layers to their sparsities
+    context:str|Callable, # As for `SparsifyCallback`
     layers, # As for `SparsifyCallback`
     exclude, # As for `SparsifyCallback`
 ) -> list: # The names
-    "The layers that a dict of sparsities names; `ValueError` if `layers` or `exclude` say something about it, too."
+    "The layers that a dict of sparsities names; `ValueError` if the other arguments say something about it, too."
+    check_each(context)
     if layers is nn.Conv2d and not exclude: return list(sparsity)
     raise ValueError(f"sparsity got a dict, which names the layers to prune itself, {shortened(sparsity)}: leave out layers= and exclude=")
 

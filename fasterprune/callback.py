@@ -9,12 +9,11 @@ from typing import Callable
 from torch import nn
 from fastcore.basics import patch
 from fastai.callback.tracker import SaveModelCallback
-from .budget import best_context, check_each, check_settings, check_steps, named_layers
+from .budget import best_context, check_settings, check_steps, named_layers
 from .criteria import magnitude
 from .events import ZerosCallback
 from .granularity import check_granularity
-from .layers import tell, tell_computed
-from .members import PrunedLayer
+from .layers import tell
 from .names import explain_names
 from .schedules import check_schedule, sched_onecycle_log
 from .sparsifier import Sparsifier
@@ -22,7 +21,7 @@ from .sparsity import check_sparsity
 from .tables import shortened
 
 # %% auto #0
-__all__ = ['SparsifyCallback', 'KeepSparsity']
+__all__ = ['SparsifyCallback']
 
 # %% ../nbs/10_callback.ipynb #f2dc7cf8
 class SparsifyCallback(ZerosCallback):
@@ -48,9 +47,7 @@ class SparsifyCallback(ZerosCallback):
         check_settings(granularity, context, criteria, coupled)
         check_schedule(schedule, max(self._targets()), regrow)
         check_steps(granularity, self._targets(), start_epoch, end_epoch, min_change, regrow)
-        if isinstance(sparsity, dict):
-            check_each(context)
-            layers,exclude = named_layers(sparsity, layers, exclude),()
+        if isinstance(sparsity, dict): layers,exclude = named_layers(sparsity, context, layers, exclude),()
         self.schedule,self.start_epoch,self.end_epoch,self.min_change = schedule,start_epoch,end_epoch,min_change
         self.how = dict(granularity=granularity, context=context, criteria=criteria, layers=layers, exclude=exclude,
                         regrow=regrow, coupled=coupled)
@@ -91,13 +88,12 @@ def _mean(self:SparsifyCallback, s):
 @patch
 def _begin(self:SparsifyCallback, model):
     "See that everything fits together before anything is changed"
-    self._overshot = False
     sp = Sparsifier(model, **self.how, sample=self.learn.xb)
     groups = [g for g in sp.groups if _trains(g)]
     self._tell_frozen([l.name for g in sp.groups if g not in groups for l in g.layers], len(sp.layers))
     if groups:
-        self._check_phase()
-        check_schedule(self.schedule, max(self._targets()), sp.regrow, round(self._n_iter*(self._end()-self.start_epoch)))
+        self._check_phase(len(groups) < len(sp.groups))
+        self._try_schedule()
         budget = sp.budget(self.scheduled(1.), groups)
         self._tell_sparser(sp, budget)
         self._tell_slow(budget)
@@ -107,11 +103,17 @@ def _begin(self:SparsifyCallback, model):
 def _trains(group): return all(l.module.weight.requires_grad for l in group.layers)
 
 @patch
-def _check_phase(self:SparsifyCallback):
-    n = self.learn.n_epoch
-    if self.start_epoch < self._end() <= n: return
-    raise ValueError(f"pruning from start_epoch={self.start_epoch} to end_epoch={self.end_epoch} does not fit into a training of {n} "
-                     "epochs (fine_tune has two, one of them with the body frozen: use fit_one_cycle, or no layer of the head)")
+def _check_phase(self:SparsifyCallback, frozen):
+    if self.start_epoch < self._end() <= self.learn.n_epoch: return
+    why = "; if it is fine_tune's first training, of the head alone: unfreeze, and use fit_one_cycle" if frozen else ''
+    raise ValueError(f"pruning from start_epoch={self.start_epoch} to end_epoch={self.end_epoch} "
+                     f"does not fit into a training of {self.learn.n_epoch} epochs{why}")
+
+@patch
+def _try_schedule(self:SparsifyCallback):
+    "What fails at one of the steps to come fails now"
+    first,last = self.start_epoch*self._n_iter,self._end()*self._n_iter
+    for i in range(math.ceil(first), math.ceil(last), max(1, int(last-first)//20_000)): self.scheduled((i-first)/(last-first))
 
 @patch
 def _end(self:SparsifyCallback): return self._n_epoch if self.end_epoch is None else self.end_epoch
@@ -261,7 +263,11 @@ def _finish(self:SparsifyCallback):
 @patch
 def _close(self:SparsifyCallback):
     super(SparsifyCallback, self)._close()
-    self._last,self._trained = None,[]
+    self._last,self._trained,self._overshot = None,[],False
+
+@patch
+def _before_save(self:SparsifyCallback):
+    if self._fitting or not any(map(_reloads, self.learn.cbs)): super(SparsifyCallback, self)._before_save()
 
 def _reloads(cb): return isinstance(cb, SaveModelCallback) and not cb.every_epoch and not getattr(cb, 'at_end', False)
 
@@ -271,30 +277,3 @@ def _tell_reloaded(self:SparsifyCallback):
     if now < table - 1e-9: tell(
         f"SaveModelCallback loads the best epoch, whose sparsity is {now:.2%}, not the {table:.2%} reached at the end; "
         "monitor only sparse epochs, or save the last one (SaveModelCallback(every_epoch=True))")
-
-# %% ../nbs/10_callback.ipynb #911a5ab0
-def _plain_weight(name, module): return module._parameters.get('weight') is not None
-
-class KeepSparsity(ZerosCallback):
-    "Keep the zeros that are in the weights of conv and linear layers: train on without losing sparsity."
-    @explain_names
-    def __init__(self,
-        layers=_plain_weight, # A type or several, names, or a function `(name, module) -> bool`; all that can be pruned
-        exclude=(), # Names of layers or containers in which zeros may grow back
-        coupled:bool=False, # Were filters that make the same channels pruned as one?
-        masks:dict|None=None, # From the names of layers to masks in the shape of their weights; the zeros that are there if None
-    ):
-        check_settings('filter', coupled=coupled)
-        self.how,self.coupled,self.masks = dict(layers=layers if masks is None else list(masks), exclude=exclude),coupled,masks
-
-    def _begin(self, model):
-        tell_computed(model)
-        sp = Sparsifier(model, **self.how)
-        if self.masks is not None: sp.masks = self.masks
-        if not any(map(_has_zero_filters, sp.layers)): return sp
-        filters = Sparsifier(model, 'filter', sample=self.learn.xb, coupled=self.coupled, **self.how)
-        sp.own = [g for g in filters.groups if g.mask is not None]
-        for g in sp.own: g.keep_only_zeros()
-        return sp
-
-def _has_zero_filters(layer): return not bool(PrunedLayer(layer.name, layer.module, 'filter').zero_row().all())

@@ -293,7 +293,7 @@ def _table(self:FastNetwork):
 @patch
 def _notes(self:FastNetwork):
     p,sizes = self.first,' and '.join('×'.join(map(str, s)) for s in self.shapes)
-    times = f'{_ms(p.seconds)} ms, PyTorch {_ms(p.eager)} ms ({p.eager/p.seconds:.1f} times as fast)'
+    times = f'{_ms(p.seconds)} ms, {p.eager/p.seconds:.1f} times as fast as PyTorch ({_ms(p.eager)} ms)'
     yield f'{sizes}: {times}, threads: {torch.get_num_threads()}'
     if p.error >= tolerance: yield f'all by PyTorch, because the outputs differ by {p.error:.0e}'
     elif not p.used: yield 'all by PyTorch, which is faster'

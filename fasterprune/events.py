@@ -74,17 +74,9 @@ class _Guard:
     def _tell(self, what):
         for cb in [cb for cb in _ours(self.learn) if not cb._idle()]: getattr(cb, what)()
 
-class _SaveGuard(_Guard):
-    "Whoever saves finds pruned weights"
-    def __call__(self, *args, **kwargs):
-        self._tell('_before_look')
-        return getattr(type(self.learn), self.method)(self.learn, *args, **kwargs)
-
-_guards = dict(_do_fit=_Guard, one_batch=_Guard, save=_SaveGuard, export=_SaveGuard, save_sparse=_SaveGuard)
-
 def _guard(learn):
-    for m,guard in _guards.items():
-        if hasattr(type(learn), m): vars(learn).setdefault(m, guard(learn, m))
+    for m in ('_do_fit', 'one_batch'):
+        if hasattr(type(learn), m): vars(learn).setdefault(m, _Guard(learn, m))
 
 def _remove_helpers(learn, owner):
     "Remove the helpers of a callback, and the guards if no other of ours is left"
@@ -209,7 +201,13 @@ def _hold(self:ZerosCallback,
 # %% ../nbs/09a_events.ipynb #182945cc
 @patch
 def _before_look(self:ZerosCallback):
-    if not (self._idle() or self._opening): self._hold(moved=not self._strangers)
+    if self.sparsifier is None or self._idle() or self._opening and not self._fitting: return
+    self._meet()
+    self._hold(moved=not self._strangers)
+
+@patch
+def _before_save(self:ZerosCallback):
+    if self.sparsifier is not None and self.sparsifier.model is unwrap(self.learn.model): self._before_look()
 
 @patch
 def _mask_weights(self:ZerosCallback, moved=False):
@@ -233,8 +231,13 @@ def _step(self:ZerosCallback):
 
 # %% ../nbs/09a_events.ipynb #9cd371e2
 def _start_all(learn):
-    "At the first batch, before any of ours changes anything: what is wrong with one of them is an error for all"
-    for cb in [cb for cb in _ours(learn) if cb._fitting and cb.sparsifier is None]: cb._start()
+    "At the first batch, before any of ours prunes: what is wrong with one of them is an error for all"
+    new = [cb for cb in _ours(learn) if cb._fitting and cb.sparsifier is None]
+    try:
+        for cb in new: cb._start()
+    except BaseException:
+        for cb in new: cb.sparsifier = None
+        raise
 
 @patch
 def _start(self:ZerosCallback):

@@ -62,7 +62,9 @@ def granularities(
     "The granularities that `module` knows by name."
     if not isinstance(module, type): return dict(_names[_kind(module)])
     kinds = {nn.Linear: 0, **{t: d for ts in (_convs, _transposed) for d,t in enumerate(ts, 1)}}
-    return dict(next(_names[d] for t,d in kinds.items() if issubclass(module, t)))
+    known = [_names[d] for t,d in kinds.items() if issubclass(module, t)]
+    if known: return dict(known[0])
+    raise ValueError(f"{module.__name__} cannot be pruned; layers that can be pruned are {', '.join(t.__name__ for t in prunable_types)}")
 
 # %% ../nbs/02_granularity.ipynb #e4d9a05c
 _pattern = re.compile(r'(\d+):(\d+)')

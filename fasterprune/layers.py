@@ -116,14 +116,21 @@ def _tiny_input(module):
     spans = [d*(k-1)+1 for d,k in zip(module.dilation, module.kernel_size)]
     return w.new_zeros(1, module.in_channels, *spans)
 
+def _copy_alone(module):
+    "Without its hooks, and without the history of tensors that it keeps"
+    own = vars(module)
+    memo = {id(v): {} for k,v in own.items() if k.endswith('_hooks')}
+    memo |= {id(v): v.detach() for v in own.values() if isinstance(v, torch.Tensor) and v.grad_fn is not None}
+    return copy.deepcopy(module, memo).eval()
+
 def changes_weight(
     module:nn.Module, # A layer of one of the `prunable_types`
 ) -> bool: # True if what is multiplied is not the parameter itself
     "Does the layer compute another weight from its parameter in the forward pass? False where it cannot be seen."
     if type(module).forward.__module__.startswith('torch.'): return False
     try:
-        alone = copy.deepcopy(module, {id(v): {} for k,v in vars(module).items() if k.endswith('_hooks')}).eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _Weights() as used: type(alone).forward(alone, _tiny_input(alone))
+        alone,devices = _copy_alone(module),[module.weight.device] if module.weight.is_cuda else []
+        with torch.no_grad(), torch.random.fork_rng(devices), _Weights() as used: type(alone).forward(alone, _tiny_input(alone))
     except Exception: return False
     return bool(used.seen) and not any(w is alone.weight for w in used.seen)
 
@@ -137,10 +144,16 @@ def tell(
     warnings.warn(text, stacklevel=5)
 
 # %% ../nbs/02a_layers.ipynb #1f2b0308
+def _has_zeros(module):
+    "Looks at a copy: computing a weight may change something"
+    try: w = vars(module)['weight'] if 'weight' in vars(module) else copy.deepcopy(module).eval().weight
+    except Exception: return False # it cannot be seen
+    return isinstance(w, torch.Tensor) and bool((w == 0).any())
+
 def tell_computed(
     model:nn.Module, # Any network
 ):
     "Tell of zeros in weights that are computed from other parameters, by `weight_norm` for instance: they cannot be kept."
-    computed = [(n, m.weight) for n,m in model.named_modules() if isinstance(m, prunable_types) and m._parameters.get('weight') is None]
-    names = [n for n,w in computed if w is not None and bool((w == 0).any())]
+    computed = {n: m for n,m in model.named_modules() if isinstance(m, prunable_types) and m._parameters.get('weight') is None}
+    names = [n for n,m in computed.items() if _has_zeros(m)]
     if names: tell(f"these layers compute their weight from other parameters, so its zeros are not kept: {shortened(names)}")

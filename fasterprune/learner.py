@@ -4,6 +4,7 @@
 
 # %% ../nbs/17_learner.ipynb #802dc42b
 from __future__ import annotations
+import functools
 from pathlib import Path
 from typing import NamedTuple
 from torch import nn, Tensor
@@ -94,6 +95,20 @@ def _do_fit(self:Learner, _as_ever=Learner._do_fit):
     _remind(self)
     _as_ever(self)
 
+# %% ../nbs/17_learner.ipynb #17ab0011
+def _masking(method):
+    "A method of the Learner that writes a file, after a look at the zeros"
+    @functools.wraps(method)
+    def masked(self, *args, **kwargs):
+        _mask_to_save(self)
+        return method(self, *args, **kwargs)
+    return masked
+
+def _mask_to_save(learn):
+    for cb in [cb for cb in learn.cbs if isinstance(cb, ZerosCallback) and not cb._idle()]: cb._before_save()
+
+Learner.save,Learner.export = _masking(Learner.save),_masking(Learner.export)
+
 # %% ../nbs/17_learner.ipynb #fb8918d7
 _ext = '.safetensors.zst'
 
@@ -112,6 +127,7 @@ def save_sparse(self:Learner,
     "Write the weights, small and without loss, to `self.path/self.model_dir/file`; the optimizer's state is not in it."
     file = _file(self, file)
     if isinstance(file, Path): file.parent.mkdir(parents=True, exist_ok=True)
+    _mask_to_save(self)
     if not rank_distrib(): storage.save_sparse(self.model, file)
     return file
 

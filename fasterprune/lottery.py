@@ -14,7 +14,9 @@ import fastai.callback.schedule # gives the Learner its fit_one_cycle
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import set_seed, to_detach
-from .callback import KeepSparsity, SparsifyCallback
+from .callback import SparsifyCallback
+from .granularity import nm_pattern
+from .keep import KeepSparsity
 from .layers import find_layers
 from .probe import unwrap
 from .schedules import sched_onecycle, schedule_name
@@ -209,8 +211,7 @@ def _take_up(path, settings):
 # %% ../nbs/16_lottery.ipynb #0340542b
 def _check_search(learn, n_epoch, rounds, rewind_epoch, layers=nn.Conv2d, exclude=(), **_):
     "What can be wrong, before anything is trained"
-    if n_epoch != int(n_epoch) or n_epoch < 1: raise ValueError(
-        f"n_epoch got {n_epoch}; it is a whole number of epochs, at least 1 (was sparsity={n_epoch} meant?)")
+    if n_epoch not in range(1, 10**6): raise ValueError(f"n_epoch got {n_epoch}; give a whole number ≥ 1 (was sparsity={n_epoch} meant?)")
     if not 0 <= rewind_epoch < n_epoch: raise ValueError(
         f"rewind_epoch got {rewind_epoch}; it is a number of epochs from 0 to {n_epoch-1}, as a round has n_epoch={n_epoch}")
     if rounds < 1: raise ValueError(f"rounds got {rounds}; there must be at least 1")
@@ -265,10 +266,10 @@ def _blocks(mask):
     return mask
 
 # %% ../nbs/16_lottery.ipynb #0935f109
-def _in_lots(mask, m, g):
+def _in_lots(mask, n, m, g):
     "A pattern in which the weights of each lot of `m` are in random order"
     def lots(dim): return mask.movedim(dim, -1).unflatten(-1, (-1, m))
-    dim = int(mask.shape[1] % m == 0 and lots(1).sum(-1).unique().numel() == 1) # transposed layers have their inputs first
+    dim = int(mask.shape[1] % m == 0 and int(lots(1).sum(-1).min()) >= n) # transposed layers have their inputs first
     order = torch.rand(lots(dim).shape, generator=g).argsort(-1)
     return lots(dim).gather(-1, order).flatten(-2).movedim(-1, dim).contiguous()
 
@@ -286,9 +287,8 @@ def shuffled(
     seed:int=0, # Of the shuffling
 ) -> Ticket: # With the masks of each layer in random order
     "The control for *which* weights: as many in each layer, chosen at random."
-    g,orders = torch.Generator().manual_seed(seed),{}
-    lot = str(ticket.settings.get('granularity')).partition(':')[2]
-    masks = {n: _in_lots(m, int(lot), g) if lot else _in_blocks(m, orders, g) for n,m in ticket.masks.items()}
+    g,orders,pattern = torch.Generator().manual_seed(seed),{},nm_pattern(ticket.settings.get('granularity'))
+    masks = {k: _in_lots(m, *pattern, g) if pattern else _in_blocks(m, orders, g) for k,m in ticket.masks.items()}
     return Ticket(masks, ticket.start, dict(ticket.settings, shuffled=seed))
 
 # %% ../nbs/16_lottery.ipynb #8e21e9d0

@@ -15,12 +15,14 @@ __all__ = ['writes_weights', 'reads_gradients']
 # %% ../nbs/08c_others.ipynb #08c00005
 _steps = ('all_batches', 'one_batch', '_do_one_batch', '_do_grad_opt', '_backward', '_step') # of a Learner
 
-def _of_fastai(f): return getattr(f, '__module__', '').split('.')[0] == 'fastai'
+def _root(f): return getattr(f, '__module__', '').split('.')[0]
 
-def _steps_of_its_own(learn): return not all(_of_fastai(getattr(type(learn), m, Learner)) for m in _steps)
+def _steps_of_its_own(learn):
+    of = [getattr(type(learn), m, Learner) for m in _steps] + [f for m,f in vars(learn).items() if m in _steps]
+    return not {_root(f) for f in of} <= {'fastai', 'fasterprune'}
 
 def _may_write(cb):
-    return not _of_fastai(type(cb)) or isinstance(cb, NonNativeMixedPrecision) or any(e in vars(cb) for e in Callback._methods)
+    return _root(type(cb)) != 'fastai' or isinstance(cb, NonNativeMixedPrecision) or any(e in vars(cb) for e in Callback._methods)
 
 def writes_weights(
     learn, # The Learner

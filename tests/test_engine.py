@@ -551,6 +551,12 @@ def test_uses_counts_all_that_is_made_of_an_image_and_leaves_no_trace():
     assert uses(m, torch.randn(2, 4, 5, 8, generator=torch.Generator())) == {'lin': 20} and m.training
     assert torch.equal(torch.get_rng_state(), chance)
 
+def test_uses_of_what_is_made_once_for_a_batch():
+    class Positions(nn.Module):
+        def __init__(self): super().__init__(); self.pe,self.lin = nn.Linear(8, 8),nn.Linear(8, 4)
+        def forward(self, t, x): return self.lin(x + t*self.pe(torch.ones(3, 8)))
+    assert uses(Positions(), (torch.tensor(1.), torch.randn(16, 3, 8))) == {'pe': 1, 'lin': 3}
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize('sparsity,layers,text', [(90, nn.Linear, 'pass 0.9'), (.9, nn.Conv2d, 'no layer to prune'), (.9, 'nope', 'is not in the model')])
 def test_by_multiplications_says_what_is_wrong(sparsity, layers, text):

@@ -48,7 +48,7 @@ at_the_start = [
     (dict(layers=nn.Conv3d), {}, "no layer to prune"), (dict(layers='body'), {}, "names 'body', which is not in the model"), (dict(exclude=['body']), {}, "exclude names 'body'"),
     (dict(layers=nn.Embedding), {}, "layers that can be pruned are"), (dict(layers=3), {}, "give a module type"), (dict(layers=[]), {}, "give a module type"), (dict(layers=lambda name, m: False), {}, "no layer to prune"),
     (dict(sparsity={'nope': .5}), {}, "its prunable layers are 0, 3, 6, 10"), (dict(sparsity={'1': .5}), {}, "no layer to prune"),
-    (dict(schedule=lambda s, e, p: nan if abs(p - 5/8) < 1e-9 else e*p), {}, "gave nan at pos=0.625"), (dict(), dict(model=nan_net), "layer 3 has weights that are not finite"), (dict(granularity='kernel', layers=(nn.Conv2d, nn.Linear)), {}, "unknown for Linear"),
+    (dict(schedule=lambda s, e, p: nan if abs(p - 7/12) < 1e-9 else e*p), {}, "gave nan at pos=0.583"), (dict(start_epoch=.5, schedule=lambda s, e, p: nan if abs(p - 4/9) < 1e-9 else e*p), {}, "gave nan at pos=0.444"), (dict(), dict(model=nan_net), "layer 3 has weights that are not finite"), (dict(granularity='kernel', layers=(nn.Conv2d, nn.Linear)), {}, "unknown for Linear"),
     (dict(start_epoch=2), {}, "does not fit into a training of 2 epochs"), (dict(end_epoch=3), {}, "does not fit into a training of 2 epochs"),
     (dict(sparsity=.75, granularity='1:4'), dict(model=lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())), r"multiples of 4; layer 1 has 6.*exclude=\['1'\]"),
     (dict(criteria=lambda weight: weight), {}, "scores must be finite and at least 0"), (dict(criteria=lambda weight: weight.sum()), {}, "in the shape of the weight"),

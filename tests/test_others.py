@@ -1,6 +1,7 @@
 "What other callbacks and Learners do behind our back, found by trying: pruned weights are zero wherever somebody looks"
+import copy, inspect
 from functools import partial
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 import pytest, torch
 from torch import nn
 from fastai.basics import Callback, CancelEpochException, CancelFitException, CancelStepException, Learner
@@ -8,6 +9,7 @@ from fastai.callback.all import GradientClip, SaveModelCallback
 from fastai.learner import Recorder
 from fastai.optimizer import SGD
 from fasterprune.all import *
+from fasterprune.layers import tell_computed
 from fasterprune.others import reads_gradients, writes_weights
 from conftest import conv_net, fit
 
@@ -53,15 +55,44 @@ def test_a_learner_with_a_step_of_its_own(learner, callback):
 
 @pytest.mark.situation
 @both
-def test_a_writer_that_comes_in_the_middle(learner, callback):
+@pytest.mark.parametrize('when', ['before_epoch', 'after_train'])
+def test_a_writer_that_comes_in_the_middle(learner, callback, when):
     class Writes(Callback):
         def after_batch(self): noise(self)
     class Brings(Callback):
         def before_epoch(self):
-            if self.epoch == 1: self.learn.add_cb(Writes())
+            if when == 'before_epoch' and self.epoch == 1: self.learn.add_cb(Writes())
+        def after_train(self):
+            if when == 'after_train' and self.epoch == 1: self.learn.add_cb(Callback(before_validate=noise))
+    Brings.__module__ = 'fastai.made_up' # one that is trusted
     learn = learner()
     seen = watched(learn)
     fit(learn, 3, cbs=[callback(.8, context='local', schedule=flat), Brings()])
+    assert set(seen[1:]) == {wanted(learn.model, .8)}
+
+@pytest.mark.situation
+@both
+def test_a_step_that_is_put_into_the_learner(learner, callback):
+    learn = learner()
+    seen,step = watched(learn),learn._do_grad_opt
+    def noisy(self):
+        step()
+        noise(SimpleNamespace(learn=self))
+    learn._do_grad_opt = MethodType(noisy, learn)
+    fit(learn, 3, cbs=callback(.8, context='local', schedule=flat))
+    assert set(seen[1:]) == {wanted(learn.model, .8)}
+
+@pytest.mark.situation
+@both
+def test_a_validation_after_somebody_wrote(learner, callback):
+    class Writes(Callback):
+        def after_batch(self):
+            if not self.training: return
+            noise(self)
+            self.learn.validate()
+    learn = learner()
+    seen = watched(learn)
+    fit(learn, 2, cbs=[callback(.8, context='local', schedule=flat), Writes()])
     assert set(seen[1:]) == {wanted(learn.model, .8)}
 
 @pytest.mark.situation
@@ -107,6 +138,43 @@ def test_files_are_pruned_though_somebody_wrote_before(learner, callback, event,
         net.load_state_dict(torch.load(f))
         assert sum(zeros(net)) == wanted(net, .8)
     assert len(files) == (2 if 'every_epoch' in kw else 1)
+
+@pytest.mark.situation
+def test_an_older_epoch_that_was_loaded_is_saved_as_it_is(learner):
+    class Saves(Callback):
+        order = 70
+        def after_fit(self): self.learn.save('final', with_opt=False)
+    learn,net = learner(),conv_net()
+    with pytest.warns(UserWarning, match='loads the best epoch'):
+        fit(learn, 4, cbs=[SparsifyCallback(.9, context='local', schedule=line), FirstEpoch(), Saves()])
+    net.load_state_dict(torch.load(learn.path/learn.model_dir/'final.pth'))
+    assert sum(zeros(net)) < wanted(net, .5) and sum(zeros(net)) == sum(zeros(learn.model))
+
+class FirstEpoch(SaveModelCallback):
+    "As if the first epoch had been the best"
+    def after_epoch(self):
+        if self.epoch == 0: self._save(self.fname)
+
+@pytest.mark.situation
+@both
+def test_another_network_is_saved_as_it_is(learner, callback):
+    teacher = conv_net()
+    class Saves(Callback):
+        def after_batch(self):
+            if not self.training: return
+            own,self.learn.model = self.learn.model,teacher
+            self.learn.save('teacher', with_opt=False)
+            self.learn.model = own
+    fit(learner(), 2, cbs=[callback(.8, schedule=flat), Saves()])
+    assert sum(zeros(teacher)) == 0
+
+@pytest.mark.situation
+def test_a_copy_of_a_learner_saves_its_own_network(learner):
+    learn = learner(cbs=SparsifyCallback(.5))
+    other = copy.copy(learn)
+    other.model = conv_net(16)
+    assert len(torch.load(other.save('two', with_opt=False))['0.weight']) == 16
+    assert list(inspect.signature(learn.save).parameters) == ['file', 'with_opt', 'pickle_protocol']
 
 @pytest.mark.fault
 @both
@@ -166,6 +234,19 @@ def test_a_weight_that_is_computed_is_told(learner):
     Sparsifier(learn.model).sparsify(.5)
     nn.utils.parametrizations.weight_norm(learn.model[3])
     with pytest.warns(UserWarning, match='compute their weight from other parameters, so its zeros are not kept: 3'): fit(learn, 1, cbs=KeepSparsity())
+
+def test_computed_weights_are_looked_at_without_a_trace(learner):
+    class Packed(nn.Linear):
+        def __init__(self, *args):
+            super().__init__(*args)
+            del self.weight
+        def forward(self, x): return x
+    learn = learner()
+    net = nn.Sequential(learn.model, Packed(3, 3), nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)))
+    Sparsifier(net[0]).sparsify(.5)
+    before = net[2].parametrizations.weight[0]._u.clone()
+    tell_computed(net.train())
+    assert torch.equal(net[2].parametrizations.weight[0]._u, before)
 
 @pytest.mark.situation
 @both
