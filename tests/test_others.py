@@ -140,6 +140,21 @@ def test_files_are_pruned_though_somebody_wrote_before(learner, callback, event,
     assert len(files) == (2 if 'every_epoch' in kw else 1)
 
 @pytest.mark.situation
+@both
+def test_a_small_file_is_pruned_though_somebody_wrote_before(learner, callback):
+    class Saves(Callback):
+        order = 20
+        def after_epoch(self):
+            noise(self)
+            files.append(self.learn.save_sparse(f'small_{self.epoch}'))
+    files,learn,net = [],learner(),conv_net()
+    fit(learn, 2, cbs=[callback(.8, context='local', schedule=flat), Saves()])
+    for f in files:
+        load_sparse(f, net)
+        assert sum(zeros(net)) == wanted(net, .8)
+    assert len(files) == 2
+
+@pytest.mark.situation
 def test_an_older_epoch_that_was_loaded_is_saved_as_it_is(learner):
     class Saves(Callback):
         order = 70
